@@ -1,0 +1,1 @@
+"""Triton kernels of the operators, installed as ``vmtc_kernels.triton_kernels``."""

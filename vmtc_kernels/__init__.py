@@ -1,0 +1,34 @@
+"""Fused kernels for fewer visual tokens in vision-language models.
+
+Importing this package registers the operators ``torch.ops.vmtc.*``.
+"""
+
+from ._registry import BackendError, Explanation, available_backends, explain, use_backend
+from ._version import __version__
+from .config import VMTCConfig
+from .kmeans import Clusters, kmeans
+from .merge_tokens import MergedTokens, merge_tokens
+from .select_random import select_random
+from .select_strided import SelectedTokens, select_strided
+from .spatial_downsample import spatial_downsample
+from .token_importance import token_importance
+
+
+__all__ = [
+    "BackendError",
+    "Clusters",
+    "Explanation",
+    "MergedTokens",
+    "SelectedTokens",
+    "VMTCConfig",
+    "__version__",
+    "available_backends",
+    "explain",
+    "kmeans",
+    "merge_tokens",
+    "select_random",
+    "select_strided",
+    "spatial_downsample",
+    "token_importance",
+    "use_backend",
+]

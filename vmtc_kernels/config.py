@@ -1,0 +1,109 @@
+"""Settings of the method, with every choice that the paper leaves open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from . import _checks
+from .kmeans import METRICS
+from .merge_tokens import WEIGHTINGS, MergedTokens, merge_tokens
+from .token_importance import token_importance
+
+PLACEMENTS = ("before_projector", "after_projector")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VMTCConfig:
+    """How visual tokens are scored, clustered and merged.
+
+    Attributes:
+        num_primary, num_merged: tokens kept and merged tokens for each image: a count (int), or a
+            share of the image's tokens in [0, 1] (float; rounded to the nearest token, halves up).
+            The paper's budgets are not known.
+        metric: ``"cosine"`` (reported) or ``"euclidean"``.
+        weighting: ``"score"``, merged according to importance (reported), or ``"uniform"``.
+        iterations: rounds of k-means after the first assignment (not known; 10).
+        score_layer: encoder layer whose attention gives the importance, counted as in a Python list
+            (not known; -2, the layer whose output LLaVA uses).
+        feature_layer: what is clustered: ``None`` for the tokens that are merged, ``"keys"`` for the
+            attention keys of ``score_layer``, or a layer whose output is taken (not known).
+        head_reduction: ``"mean"`` (reported) or ``"max"`` over the heads of ``score_layer``.
+        placement: ``"before_projector"``, ``"after_projector"``, or an encoder layer after which the
+            remaining layers run on fewer tokens (not known).
+    """
+
+    num_primary: int | float = 128
+    num_merged: int | float = 32
+    metric: str = "cosine"
+    weighting: str = "score"
+    iterations: int = 10
+    score_layer: int = -2
+    feature_layer: int | Literal["keys"] | None = None
+    head_reduction: str = "mean"
+    placement: int | str = "before_projector"
+
+    def __post_init__(self) -> None:
+        name = "VMTCConfig"
+        for field in ("num_primary", "num_merged"):
+            value = getattr(self, field)
+            if isinstance(value, float):
+                if not 0 <= value <= 1:
+                    raise ValueError(f"{name}: {field} as a share must be in [0, 1], got {value}")
+            else:
+                _checks.count(name, field, value, 0)
+        if self.num_primary == self.num_merged == 0:
+            raise ValueError(f"{name}: num_primary and num_merged must not both be 0")
+        _checks.option(name, "metric", self.metric, METRICS)
+        _checks.option(name, "weighting", self.weighting, WEIGHTINGS)
+        _checks.count(name, "iterations", self.iterations, 0)
+        _checks.option(name, "head_reduction", self.head_reduction, ("mean", "max"))
+        if isinstance(self.feature_layer, str):
+            _checks.option(name, "feature_layer", self.feature_layer, ("keys",))
+        if isinstance(self.placement, str):
+            _checks.option(name, "placement", self.placement, PLACEMENTS)
+
+    def counts(self, num_tokens: int) -> tuple[int, int]:
+        """``(P, K)`` for an image of ``num_tokens`` tokens; raises where they exceed it."""
+        primary, merged = (
+            int(value * num_tokens + 0.5) if isinstance(value, float) else value
+            for value in (self.num_primary, self.num_merged)
+        )
+        if not 0 < primary + merged <= num_tokens:
+            raise ValueError(
+                f"VMTCConfig: num_primary + num_merged must be 1 to {num_tokens} for an image of"
+                f" {num_tokens} tokens, got {primary} + {merged}"
+            )
+        return primary, merged
+
+    def importance(self, q: Tensor, k: Tensor, *, cls_index: int | None = 0) -> Tensor:
+        """`token_importance` of q, k ``[B, H, N, d]`` under ``head_reduction``: f32 ``[B, N]``."""
+        if self.head_reduction == "mean":
+            return token_importance(q, k, cls_index=cls_index)
+        batch, heads = q.shape[:2]
+        each = token_importance(
+            q.flatten(0, 1)[:, None], k.flatten(0, 1)[:, None], cls_index=cls_index
+        )
+        return each.unflatten(0, (batch, heads)).amax(dim=1)
+
+    def merge(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        *,
+        features: Tensor | None = None,
+        valid: Tensor | None = None,
+    ) -> MergedTokens:
+        """`merge_tokens` of x ``[B, N, D]`` and scores ``[B, N]`` under these settings."""
+        return merge_tokens(
+            x,
+            scores,
+            *self.counts(x.shape[1]),
+            iterations=self.iterations,
+            metric=self.metric,
+            weighting=self.weighting,
+            features=features,
+            valid=valid,
+        )
