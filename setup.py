@@ -26,8 +26,8 @@ def compiled() -> dict:
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
         sys.exit(
-            f"torch is needed to compile the kernels ({error}). Install torch, setuptools and ninja,"
-            " then pip install --no-build-isolation, or set VMTC_BUILD=none to do without kernels."
+            f"torch is needed to compile the kernels ({error}). Install torch, setuptools and"
+            " ninja, then pip install --no-build-isolation, or set VMTC_BUILD=none to do without."
         )
 
     sources = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]

@@ -13,7 +13,6 @@ from .select_strided import SelectedTokens, select_strided
 from .spatial_downsample import spatial_downsample
 from .token_importance import token_importance
 
-
 __all__ = [
     "BackendError",
     "Clusters",

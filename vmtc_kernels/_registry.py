@@ -138,8 +138,8 @@ def available_backends() -> dict[str, str | None]:
 def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
     """Say which backend would run ``op`` on these arguments, and why each other would not.
 
-    op: an operator's name, public function or ``torch.ops.vmtc`` entry. The arguments are checked as
-    in a call; nothing is computed.
+    op: an operator's name, public function or ``torch.ops.vmtc`` entry. The arguments are checked
+    as in a call; nothing is computed.
     """
     text = op if isinstance(op, str) else getattr(op, "__name__", str(op))
     name = text.removeprefix("vmtc::").removesuffix(".default")

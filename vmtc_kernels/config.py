@@ -26,13 +26,13 @@ class VMTCConfig:
         metric: ``"cosine"`` (reported) or ``"euclidean"``.
         weighting: ``"score"``, merged according to importance (reported), or ``"uniform"``.
         iterations: rounds of k-means after the first assignment (not known; 10).
-        score_layer: encoder layer whose attention gives the importance, counted as in a Python list
-            (not known; -2, the layer whose output LLaVA uses).
-        feature_layer: what is clustered: ``None`` for the tokens that are merged, ``"keys"`` for the
-            attention keys of ``score_layer``, or a layer whose output is taken (not known).
+        score_layer: encoder layer whose attention gives the importance, counted as in a Python
+            list (not known; -2, the layer whose output LLaVA uses).
+        feature_layer: what is clustered: ``None`` for the tokens that are merged, ``"keys"`` for
+            the attention keys of ``score_layer``, or a layer whose output is taken (not known).
         head_reduction: ``"mean"`` (reported) or ``"max"`` over the heads of ``score_layer``.
-        placement: ``"before_projector"``, ``"after_projector"``, or an encoder layer after which the
-            remaining layers run on fewer tokens (not known).
+        placement: ``"before_projector"``, ``"after_projector"``, or an encoder layer after which
+            the remaining layers run on fewer tokens (not known).
     """
 
     num_primary: int | float = 128

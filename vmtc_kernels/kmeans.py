@@ -35,12 +35,12 @@ def kmeans(
 
     .. math:: c_k = \mathrm{mean}_{l_i = k} f_i, \qquad l_i = \arg\min_k \mathrm{dist}(f_i, c_k)
 
-    with :math:`\|f_i - c_k\|^2` (euclidean) or :math:`1 - f_i \cdot c_k / \|c_k\|` (cosine), ties to
-    the smaller ``k``; then every empty cluster takes the token farthest from its own centroid among
-    clusters of two or more. Rounds end early when no label changes.
+    with :math:`\|f_i - c_k\|^2` (euclidean) or :math:`1 - f_i \cdot c_k / \|c_k\|` (cosine), ties
+    to the smaller ``k``; then every empty cluster takes the token farthest from its own centroid
+    among clusters of two or more. Rounds end early when no label changes.
 
     Args:
-        x: ``[B, N, D]``, float32, float16 or bfloat16 (float64: reference only). Features are float32.
+        x: ``[B, N, D]``, float32, float16 or bfloat16 (float64: reference only), any strides.
         num_clusters: ``K`` of at least 1. With fewer valid tokens than that, the surplus clusters
             have size 0 and a zero centroid.
         iterations: rounds after the first assignment to the seeds.
@@ -65,7 +65,7 @@ def kmeans(
 
 
 def features(x: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Features [..., D] in float32 or wider, zero where not finite, and which ones are finite [...]."""
+    """Features [..., D] in float32 or wider, zero where not finite, and which are finite [...]."""
     x = x if x.dtype == torch.float64 else x.float()
     square = x.square().sum(-1)
     finite = square.isfinite()
@@ -84,7 +84,7 @@ def distances(f: Tensor, centroids: Tensor, metric: str) -> Tensor:
         norms = torch.linalg.vector_norm(centroids, dim=-1)
         columns = [
             1 - (f * c).sum(-1) / n if n > 0 else torch.ones_like(f[:, 0])
-            for c, n in zip(centroids, norms)
+            for c, n in zip(centroids, norms, strict=True)
         ]
     return torch.stack(columns, dim=-1)
 

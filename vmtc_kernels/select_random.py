@@ -25,8 +25,8 @@ def select_random(
         valid: bool ``[B, N]``, True for real tokens.
 
     Returns:
-        `SelectedTokens`: ``tokens`` ``[B, M, D]``, copied bit for bit, and ``index`` i32 ``[B, M]``.
-        Unfilled slots are zero vectors of index -1. Differentiable in ``x``.
+        `SelectedTokens`: ``tokens`` ``[B, M, D]``, copied bit for bit, and ``positions`` i32
+        ``[B, M]``. Unfilled slots are zero vectors of position -1. Differentiable in ``x``.
 
     Raises:
         TypeError, ValueError: a wrong rank, dtype, size, device, count or seed, named.
@@ -75,7 +75,8 @@ def _fake(
 
 _op = _registry.define(
     "select_random",
-    "(Tensor x, SymInt num_tokens, int seed=0, Tensor? valid=None) -> (Tensor tokens, Tensor index)",
+    "(Tensor x, SymInt num_tokens, int seed=0, Tensor? valid=None)"
+    " -> (Tensor tokens, Tensor positions)",
     reference=reference,
     check=_check,
     fake=_fake,

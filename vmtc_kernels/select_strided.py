@@ -11,10 +11,10 @@ from . import _checks, _registry
 
 
 class SelectedTokens(NamedTuple):
-    """tokens: [B, M, D]; index: i32 [B, M], the position of each token, -1 in an unfilled slot."""
+    """tokens: [B, M, D]; positions: i32 [B, M], where each token came from, -1 in an unfilled slot."""
 
     tokens: Tensor
-    index: Tensor
+    positions: Tensor
 
 
 def select_strided(x: Tensor, num_tokens: int, *, valid: Tensor | None = None) -> SelectedTokens:
@@ -29,8 +29,8 @@ def select_strided(x: Tensor, num_tokens: int, *, valid: Tensor | None = None) -
         valid: bool ``[B, N]``, True for real tokens.
 
     Returns:
-        `SelectedTokens`: ``tokens`` ``[B, M, D]``, copied bit for bit, and ``index`` i32 ``[B, M]``.
-        Unfilled slots are zero vectors of index -1. Differentiable in ``x``.
+        `SelectedTokens`: ``tokens`` ``[B, M, D]``, copied bit for bit, and ``positions`` i32
+        ``[B, M]``. Unfilled slots are zero vectors of position -1. Differentiable in ``x``.
 
     Raises:
         TypeError, ValueError: a wrong rank, dtype, size, device or count, named.
@@ -95,7 +95,7 @@ def selection_backward(ctx: Any, grad: Tensor, _index: None) -> tuple[Tensor | N
 
 _op = _registry.define(
     "select_strided",
-    "(Tensor x, SymInt num_tokens, Tensor? valid=None) -> (Tensor tokens, Tensor index)",
+    "(Tensor x, SymInt num_tokens, Tensor? valid=None) -> (Tensor tokens, Tensor positions)",
     reference=reference,
     check=_check,
     fake=_fake,

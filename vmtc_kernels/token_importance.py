@@ -1,4 +1,4 @@
-"""Importance of visual tokens: the attention that they receive, without storing the N x N matrix."""
+"""Importance of visual tokens: the attention that they receive, no N x N matrix stored."""
 
 from __future__ import annotations
 
