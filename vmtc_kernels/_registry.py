@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -25,10 +26,24 @@ _compiled_library = torch.library.Library("vmtc_cpu", "DEF")
 
 _C: ModuleType | None = None
 _C_error = ""
-try:
-    _C = importlib.import_module("vmtc_kernels._C")
-except ImportError as error:
-    _C_error = str(error)
+_capability = torch.backends.cpu.get_cpu_capability()
+if platform.machine() in ("x86_64", "AMD64") and _capability not in ("AVX2", "AVX512"):
+    # compiled for AVX2: on a lesser processor even loading it could end the process
+    _C_error = f"it needs AVX2, and ATen reports {_capability} for this processor"
+else:
+    try:
+        _C = importlib.import_module("vmtc_kernels._C")
+    except ImportError as error:
+        _C_error = str(error)
+
+
+# why a backend is not installed here at all, None if it is
+_MISSING: dict[str, str | None] = {
+    "cuda": "this version has no cuda kernels",
+    "triton": "this version has no triton kernels",
+    "cpu": f"the compiled module does not load: {_C_error}" if _C is None else None,
+    "reference": None,
+}
 
 
 @dataclass
@@ -132,7 +147,7 @@ class use_backend:
 
 def available_backends() -> dict[str, str | None]:
     """Every backend with None if it is installed here, else the sentence that says why not."""
-    return {name: _missing(name) for name in BACKENDS}
+    return dict(_MISSING)
 
 
 def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
@@ -183,20 +198,11 @@ def _known(name: str, where: str) -> str:
     return name
 
 
-def _missing(backend: str) -> str | None:
-    """Why a backend is not installed here at all, or None."""
-    if backend == "reference":
-        return None
-    if backend == "cpu":
-        return f"the compiled module does not load: {_C_error}" if _C is None else None
-    return f"this version has no {backend} kernels"
-
-
 def _refusal(
     op: Operator, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     """Why a backend cannot run this call, or None."""
-    missing = _missing(backend)
+    missing = _MISSING[backend]
     if missing or backend == "reference":
         return missing
     if backend not in op.implementations:

@@ -108,10 +108,15 @@ def assign(f: Tensor, finite: Tensor, centroids: Tensor, metric: str) -> Tensor:
 
 
 def means(f: Tensor, finite: Tensor, labels: Tensor, num_clusters: int) -> Tensor:
-    """Centroids [K, D]: the mean of each cluster's finite members, zero where there is none."""
-    total = f.new_zeros(num_clusters, f.shape[-1]).index_add_(0, labels, f)
+    """Centroids [K, D]: the mean of each cluster's finite members, zero where there is none.
+
+    Summed in float64 (where the device has it), so that the mean of equal features is that feature
+    and clusters of equal members have equal centroids.
+    """
+    wide = f if f.device.type == "mps" else f.double()
+    total = wide.new_zeros(num_clusters, f.shape[-1]).index_add_(0, labels, wide)
     members = torch.bincount(labels[finite], minlength=num_clusters)
-    return total / members.clamp(min=1)[:, None]
+    return (total / members.clamp(min=1)[:, None]).to(f.dtype)
 
 
 def cluster(x: Tensor, num_clusters: int, iterations: int, metric: str) -> tuple[Tensor, Tensor]:
