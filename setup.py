@@ -43,7 +43,7 @@ def compiled() -> dict:
     cxx = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
     link = []
     if platform.machine() in ("x86_64", "AMD64"):
-        # the vector width of ATen's AVX2 kernels; the registry refuses the module on lesser processors
+        # the vector width of ATen's AVX2 kernels; the registry refuses the module on less
         cxx += ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
     if platform.system() == "Linux":
         # not passed to the linker: at run time the symbols come from the OpenMP that torch brings,

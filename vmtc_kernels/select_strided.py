@@ -11,7 +11,7 @@ from . import _checks, _registry
 
 
 class SelectedTokens(NamedTuple):
-    """tokens: [B, M, D]; positions: i32 [B, M], where each token came from, -1 in an unfilled slot."""
+    """tokens: [B, M, D]; positions: i32 [B, M], where each came from, -1 in an unfilled slot."""
 
     tokens: Tensor
     positions: Tensor

@@ -15,7 +15,7 @@ from . import _checks, _registry
 def spatial_downsample(x: Tensor, grid: Sequence[int], factor: int) -> Tensor:
     r"""Average the tokens of each ``factor x factor`` cell of the grid.
 
-    .. math:: y_{u,v} = \mathrm{mean} \{ x_{r,c} : \lfloor r/f \rfloor = u, \lfloor c/f \rfloor = v \}
+    .. math:: y_{u,v} = \mathrm{mean}_{\lfloor r/f \rfloor = u, \lfloor c/f \rfloor = v} \; x_{r,c}
 
     Args:
         x: ``[B, gh*gw, D]``, tokens in row-major order, float32, float16, bfloat16 or float64.

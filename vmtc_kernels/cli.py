@@ -1,0 +1,246 @@
+"""The `vmtc` command: `vmtc demo` draws what merging does to a photograph, `vmtc info` reports.
+
+Needs the extra ``demo``, imported on demand so that its absence can be said in one line.
+"""
+
+import importlib
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+
+from . import _registry
+from ._version import __version__
+from .config import VMTCConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from rich.table import Table
+    from typer import Typer
+
+    from .patches import Tokens
+    from .picture import Rebuilt
+
+_EXTRA = ("typer", "rich", "matplotlib", "PIL", "skimage")
+_MAX_RUNS, _MAX_SECONDS = 50, 1.0
+
+
+def main() -> None:
+    """Entry point of the command."""
+    try:
+        for name in _EXTRA:
+            importlib.import_module(name)
+    except ImportError as error:
+        sys.stderr.write(f'vmtc needs {error.name}: pip install "vmtc-kernels[demo]"\n')
+        raise SystemExit(2) from None
+    application()()
+
+
+def application() -> "Typer":
+    """The typer application."""
+    import typer
+
+    from .patches import InputError
+
+    app = typer.Typer(
+        help="Fewer visual tokens for vision-language models.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    option = typer.Option
+
+    @app.command()
+    def demo(
+        image: Annotated[
+            Path | None, option(help="A photograph; else one that ships in scikit-image.")
+        ] = None,
+        primary: Annotated[int, option(min=0, help="Tokens kept as they are.")] = 128,
+        merged: Annotated[int, option(min=0, help="Tokens that the others become.")] = 32,
+        metric: Annotated[str, option(help="Distance: cosine or euclidean.")] = "cosine",
+        out: Annotated[Path, option(help="The PNG to write.")] = Path("vmtc-demo.png"),
+        model: Annotated[
+            str | None, option(help="Folder or id of a CLIP model (extra 'transformers').")
+        ] = None,
+    ) -> None:
+        """Merge the tokens of a photograph and draw what is left of it, beside baselines."""
+        try:
+            _demo(image, primary, merged, metric, out, model)
+        except InputError as error:
+            typer.echo(f"vmtc: {error}", err=True)
+            raise typer.Exit(2) from None
+
+    @app.command()
+    def info() -> None:
+        """Print versions, build flags, and which backends run here."""
+        _info()
+
+    return app
+
+
+def _demo(
+    image: Path | None, primary: int, merged: int, metric: str, out: Path, model: str | None
+) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.text import Text
+
+    from .picture import draw, make_demo
+
+    console = Console(highlight=False)
+    terminal = Console(stderr=True)
+    silent = not terminal.is_terminal
+    with Progress(console=terminal, transient=True, disable=silent) as progress:
+        task = progress.add_task("options", total=5)
+
+        def step(what: str) -> None:
+            progress.update(task, description=what, advance=1)
+
+        _check_out(out)
+        config = _checked(VMTCConfig, num_primary=primary, num_merged=merged, metric=metric)
+        step("features and importance")
+        photo, patch, tokens = _tokens(image, model, config)
+        _checked(config.counts, tokens.features.shape[1])
+        step("time per image")
+        facts = _facts(photo, patch, tokens, config)
+        step("rebuilding")
+        credit = "" if image else "Photograph: SpaceX, public domain, from scikit-image."
+        demo = make_demo(photo, patch, tokens, config, credit)
+        step("drawing")
+        draw(demo, out)
+    console.print(_table(facts))
+    console.print(_errors(demo.rebuilt))
+    console.print(Text(f"Picture: {out}"), soft_wrap=True)
+
+
+def _check_out(out: Path) -> None:
+    """Refuse before the work what cannot be written after it."""
+    from .patches import InputError
+
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out must end in .png, got {out}")
+    if out.is_dir() or not out.parent.is_dir():
+        reason = "is a directory" if out.is_dir() else f"no directory {out.parent}"
+        raise InputError(f"cannot write {out}: {reason}")
+
+
+def _checked(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The result of a call whose refusals are the user's to mend."""
+    from .patches import InputError
+
+    try:
+        return call(*args, **kwargs)
+    except (ValueError, _registry.BackendError) as error:
+        raise InputError(str(error).removeprefix("VMTCConfig: ")) from error
+
+
+def _tokens(
+    image: Path | None, model: str | None, config: VMTCConfig
+) -> tuple["np.ndarray", int, "Tokens"]:
+    """The photograph, the side of its patches, and their features and importance."""
+    from . import patches
+
+    if model is None:
+        photo = patches.load_photo(image)
+        return photo, patches.CLIP_PATCH, patches.photo_tokens(photo)
+    from .clip import ClipTower
+
+    tower = ClipTower(model)
+    photo = patches.load_photo(image, tower.size)
+    return photo, tower.patch, tower.tokens(photo, config)
+
+
+def _facts(
+    photo: "np.ndarray", patch: int, tokens: "Tokens", config: VMTCConfig
+) -> list[tuple[str, str]]:
+    """What the first table says: token counts, time, backend and why."""
+    from .patches import split
+
+    x, scores, features = split(photo, patch), tokens.scores, tokens.features
+    count, size = x.shape[1:]
+    primary, merged = config.counts(count)
+    explanation = _checked(
+        _registry.explain, "merge_tokens", x, scores, primary, merged, features=features
+    )
+    runs = _times(lambda: config.merge(x, scores, features=features))
+    work = f"{count} x {size} pixels clustered by {features.shape[2]} features"
+    budget = primary + merged
+    return [
+        ("tokens", f"{count} → {budget} ({primary} primary + {merged} merged)"),
+        ("time per image", f"{1e3 * median(runs):.2f} ms, median of {len(runs)}: {work}"),
+        ("threads", str(torch.get_num_threads())),
+        ("features, importance", tokens.source),
+        ("backend", explanation.backend),
+        *((f"not {name}", reason) for name, reason in explanation.reasons.items()),
+    ]
+
+
+def _times(call: Callable[[], Any]) -> list[float]:
+    """Seconds of each run after a warm-up: at least 3 runs, then until a second is over."""
+    call()
+    runs: list[float] = []
+    while len(runs) < 3 or (len(runs) < _MAX_RUNS and sum(runs) < _MAX_SECONDS):
+        start = time.perf_counter()
+        call()
+        runs.append(time.perf_counter() - start)
+    return runs
+
+
+def _table(rows: Iterable[tuple[str, str]], title: str = "") -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, box=box.SIMPLE, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _errors(rebuilt: "list[Rebuilt]") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    from .picture import decibels
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("rebuilt from")
+    for measure in ("tokens", "PSNR", "weighted by importance"):
+        table.add_column(measure, justify="right")
+    for each in rebuilt:
+        errors = decibels(each.psnr), decibels(each.weighted)
+        table.add_row(each.name, str(each.tokens), *errors)
+    return table
+
+
+def _info() -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    packages = [("vmtc_kernels", __version__), ("python", platform.python_version())]
+    packages += [(name, _version(name)) for name in ("torch", "numpy", "triton", "transformers")]
+    console.print(_table(packages, "Versions"))
+    cpu = [
+        ("capability", torch.backends.cpu.get_cpu_capability()),
+        ("threads", str(torch.get_num_threads())),
+    ]
+    console.print(_table(cpu, "CPU"))
+    backends = _registry.available_backends()
+    console.print(_table([(k, v or "runs here") for k, v in backends.items()], "Backends"))
+    if _registry._C is not None:
+        console.print(_table(_registry._C.build_info().items(), "Build of the compiled module"))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
