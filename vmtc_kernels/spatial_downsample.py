@@ -31,7 +31,7 @@ def spatial_downsample(x: Tensor, grid: Sequence[int], factor: int) -> Tensor:
 
     Source: the pilot experiment of arXiv 2411.15453.
     """
-    return _op(x, list(grid), factor)
+    return _op(x, grid, factor)
 
 
 def reference(x: Tensor, grid: Sequence[int], factor: int) -> Tensor:
@@ -40,7 +40,8 @@ def reference(x: Tensor, grid: Sequence[int], factor: int) -> Tensor:
     image = x.to(dtype).transpose(1, 2).unflatten(2, tuple(grid))  # [B, D, gh, gw]
     if x.shape[0] == 0:
         return _fake(x, grid, factor)
-    pooled = avg_pool2d(image, factor, ceil_mode=True, count_include_pad=False)
+    cell = min(factor, max(grid))  # a larger one may not fit its integers
+    pooled = avg_pool2d(image, cell, ceil_mode=True, count_include_pad=False)
     return pooled.flatten(2).transpose(1, 2).to(x.dtype).contiguous()
 
 

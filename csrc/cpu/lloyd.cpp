@@ -348,7 +348,7 @@ void Lloyd::count_members() {
 
 // make sums_ those of labels_
 void Lloyd::update_sums() {
-  const bool anew = tokens_ > 0 && summed_[0] < 0;
+  const bool anew = tokens_ == 0 || summed_[0] < 0;
   std::vector<std::vector<int32_t>> changes(clusters_);  // ranks of the tokens that came or left
   int64_t outsiders = 0;
   for (int64_t i = 0; i < tokens_; ++i) {

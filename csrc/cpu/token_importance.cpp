@@ -1,3 +1,4 @@
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <torch/library.h>
@@ -43,22 +44,40 @@ void attention_logits(const at::Tensor& q, const at::Tensor& k, int64_t b, int64
   }
 }
 
+// rows of one head as a float32 matrix [N, d]: in place, or converted into storage. No operation on
+// the caller's tensor, which may require gradients: worker threads would record it.
+template <typename scalar_t>
+at::Tensor head_matrix(const scalar_t* x, int64_t stride, int64_t N, int64_t d,
+                       std::vector<float>& storage) {
+  if constexpr (std::is_same_v<scalar_t, float>) {
+    return at::from_blob(const_cast<float*>(x), {N, d}, {stride, 1}, at::kFloat);
+  } else {
+    storage.resize(N * d);
+    for (int64_t i = 0; i < N; ++i) rows::to_float(x + i * stride, storage.data() + i * d, d);
+    return at::from_blob(storage.data(), {N, d}, at::kFloat);
+  }
+}
+
 // received[j] = sum over all queries of one head of their attention to j; q, k: f32 [N, d]
 void attention_columns(const at::Tensor& q, const at::Tensor& k, float scale, float* received) {
   const int64_t N = q.size(0);
   std::fill_n(received, N, 0.f);
+  std::vector<float> block_received(N);
   at::Tensor logits = at::empty({std::min(BLOCK, N), N}, at::kFloat);
   for (int64_t begin = 0; begin < N; begin += BLOCK) {
     const int64_t count = std::min(BLOCK, N - begin);
     at::Tensor block = logits.narrow(0, 0, count);
     at::mm_out(block, at::mul(q.narrow(0, begin, count), scale), k.t());
-    for (int64_t i = 0; i < count; ++i) {
-      float* row = block.mutable_data_ptr<float>() + i * N;
-      rows::softmax(row, N);
-      rows::each_vector(N, [&](int64_t j, int64_t n) {
-        rows::store(rows::load(received + j, n) + rows::load(row + j, n), received + j, n);
-      });
-    }
+    float* row = block.mutable_data_ptr<float>();
+    for (int64_t i = 0; i < count; ++i) rows::softmax(row + i * N, N);
+    // block by block, so that the error of the sum stays that of short sums
+    rows::weighted_sum(
+        count, [&](int64_t i) { return row + i * N; }, [](int64_t) { return 1.f; },
+        block_received.data(), N);
+    rows::each_vector(N, [&](int64_t j, int64_t n) {
+      rows::store(rows::load(received + j, n) + rows::load(block_received.data() + j, n),
+                  received + j, n);
+    });
   }
 }
 
@@ -90,11 +109,17 @@ at::Tensor token_importance(const at::Tensor& q_in, const at::Tensor& k_in,
       for (int64_t head = begin; head < end; ++head) rows::softmax(given + head * N, N);
     });
   } else {
-    at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t head = begin; head < end; ++head) {
-        const int64_t b = head / H, h = head % H;
-        attention_columns(q[b][h].to(at::kFloat), k[b][h].to(at::kFloat), scale, given + head * N);
-      }
+    VMTC_DISPATCH(q.scalar_type(), "token_importance", [&] {
+      at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+        std::vector<float> queries, keys;
+        const auto head_of = [&](const at::Tensor& x, int64_t head, std::vector<float>& storage) {
+          const int64_t offset = head / H * x.stride(0) + head % H * x.stride(1);
+          return head_matrix(x.const_data_ptr<scalar_t>() + offset, x.stride(2), N, d, storage);
+        };
+        for (int64_t head = begin; head < end; ++head)
+          attention_columns(head_of(q, head, queries), head_of(k, head, keys), scale,
+                            given + head * N);
+      });
     });
   }
 
