@@ -66,27 +66,31 @@ inline std::vector<int32_t> valid_positions(const at::Tensor& valid, int64_t ima
   return positions;
 }
 
-// Images in parallel where there are enough to occupy every thread, else one after the other, with
-// the parallel loops inside an image active. Each image computes the same bits either way.
+inline int64_t images_at_a_time(int64_t images) {
+  return images < at::get_num_threads() ? 1 : at::get_num_threads();
+}
+
+// body(image, lane): images in parallel where there are enough to occupy every thread, else one
+// after the other, with the parallel loops inside an image active. Each image computes the same
+// bits either way. Images of one lane do not overlap in time; lanes are below images_at_a_time.
 template <typename Body>
 void for_each_image(int64_t images, const Body& body) {
-  if (images < at::get_num_threads()) {
-    for (int64_t b = 0; b < images; ++b) body(b);
+  if (images_at_a_time(images) == 1) {
+    for (int64_t b = 0; b < images; ++b) body(b, 0);
     return;
   }
   at::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) body(b);
+    for (int64_t b = begin; b < end; ++b) body(b, at::get_thread_num());
   });
 }
 
-// `bytes` for each image that for_each_image has in work at a time, on cache lines of its own
+// `bytes` for each lane of for_each_image, on cache lines of its own
 inline at::Tensor make_workspace(int64_t images, int64_t bytes) {
-  const int64_t threads = images < at::get_num_threads() ? 1 : at::get_num_threads();
-  return at::empty({threads, (bytes + 63) / 64 * 64}, at::kByte);
+  return at::empty({images_at_a_time(images), (bytes + 63) / 64 * 64}, at::kByte);
 }
 
-inline void* workspace_of_thread(const at::Tensor& workspace) {
-  return workspace.mutable_data_ptr<uint8_t>() + at::get_thread_num() * workspace.size(1);
+inline void* workspace_of(const at::Tensor& workspace, int64_t lane) {
+  return workspace.mutable_data_ptr<uint8_t>() + lane * workspace.size(1);
 }
 
 }  // namespace vmtc

@@ -26,9 +26,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kmeans(const at::Tensor& x_in, in
 
   const at::Tensor workspace = make_workspace(B, Lloyd::workspace_size(N, K, D, x.scalar_type()));
 
-  for_each_image(B, [&](int64_t b) {
+  for_each_image(B, [&](int64_t b, int64_t lane) {
     const std::vector<int32_t> positions = valid_positions(valid, b, N);
-    Lloyd lloyd(positions.size(), K, D, metric, workspace_of_thread(workspace));
+    Lloyd lloyd(positions.size(), K, D, metric, workspace_of(workspace, lane));
     lloyd.load(x, b, positions);
     lloyd.run(iterations);
 

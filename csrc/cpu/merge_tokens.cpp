@@ -86,7 +86,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_tokens(
       make_workspace(B, K > 0 ? Lloyd::workspace_size(most, K, Df, features.scalar_type()) : 0);
 
   VMTC_DISPATCH(x.scalar_type(), "merge_tokens", [&] {
-    for_each_image(B, [&](int64_t b) {
+    for_each_image(B, [&](int64_t b, int64_t lane) {
       const scalar_t* image = x.const_data_ptr<scalar_t>() + b * x.stride(0);
       const float* score = scores.const_data_ptr<float>() + b * N;
       scalar_t* out = tokens.mutable_data_ptr<scalar_t>() + b * slots * D;
@@ -107,7 +107,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_tokens(
       }
       if (K == 0) return;
 
-      Lloyd lloyd(redundant, K, Df, metric, workspace_of_thread(workspace));
+      Lloyd lloyd(redundant, K, Df, metric, workspace_of(workspace, lane));
       lloyd.load(features, b, selected.redundant);
       lloyd.run(iterations);
 

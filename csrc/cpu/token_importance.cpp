@@ -101,7 +101,7 @@ at::Tensor token_importance(const at::Tensor& q_in, const at::Tensor& k_in,
   float* given = heads.mutable_data_ptr<float>();
   if (cls_index) {
     VMTC_DISPATCH(q.scalar_type(), "token_importance", [&] {
-      for_each_image(B, [&](int64_t b) {
+      for_each_image(B, [&](int64_t b, int64_t) {
         attention_logits<scalar_t>(q, k, b, *cls_index, scale, given + b * H * N);
       });
     });
