@@ -1,0 +1,58 @@
+"""Fixtures for every test: one backend at a time, uninitialised memory poisoned, fixed seeds."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import BACKENDS, device_of
+from hypothesis import HealthCheck, settings
+
+import vmtc_kernels
+
+settings.register_profile(
+    "vmtc",
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("vmtc")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every fresh tensor, also of C++ kernels, holds NaN, the largest integer or True."""
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(algorithms)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The same seeds, threads and automatic choice of backend at the start of every test."""
+    monkeypatch.delenv("VMTC_BACKEND", raising=False)
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    with vmtc_kernels.use_backend(None):
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, same_start: None) -> Iterator[str]:
+    """Each backend that can run here, forced, so that none silently falls back to another."""
+    former = torch.get_default_device()
+    if device_of(request.param) != former.type:
+        torch.set_default_device(device_of(request.param))
+    if request.param == "reference":
+        # its many small steps only wait for one another on a busy machine
+        torch.set_num_threads(1)
+    with vmtc_kernels.use_backend(request.param):
+        yield request.param
+    if torch.get_default_device() != former:
+        torch.set_default_device(None)

@@ -1,0 +1,120 @@
+"""VMTCConfig: its checks, its counts, and that it calls the operators it names."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from cases import assert_close, assert_same_bits, normal, ragged, uniform
+
+from vmtc_kernels import VMTCConfig, merge_tokens, token_importance
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"num_primary": -1}, ValueError, "num_primary must be at least 0, got -1"),
+        ({"num_merged": -1}, ValueError, "num_merged must be at least 0, got -1"),
+        ({"num_primary": 1.5}, ValueError, r"num_primary as a share must be in \[0, 1\], got 1.5"),
+        ({"num_merged": -0.1}, ValueError, r"num_merged as a share must be in \[0, 1\], got -0.1"),
+        ({"num_merged": float("nan")}, ValueError, r"num_merged as a share must be in \[0, 1\]"),
+        ({"num_primary": "128"}, TypeError, "num_primary must be an int, got str"),
+        ({"num_merged": True}, TypeError, "num_merged must be an int, got bool"),
+        ({"num_primary": 0, "num_merged": 0}, ValueError, "must not both be 0"),
+        ({"num_primary": 0.0, "num_merged": 0}, ValueError, "must not both be 0"),
+        (
+            {"metric": "l2"},
+            ValueError,
+            r"metric must be one of \['cosine', 'euclidean'\], got 'l2'",
+        ),
+        ({"weighting": "max"}, ValueError, r"weighting must be one of \['score', 'uniform'\], got"),
+        ({"iterations": -1}, ValueError, "iterations must be at least 0, got -1"),
+        ({"iterations": 2.0}, TypeError, "iterations must be an int, got float"),
+        ({"head_reduction": "sum"}, ValueError, r"head_reduction must be one of \['mean', 'max'\]"),
+        ({"feature_layer": "values"}, ValueError, r"feature_layer must be one of \['keys'\], got"),
+        (
+            {"placement": "nowhere"},
+            ValueError,
+            r"placement must be one of \['before_projector', 'a",
+        ),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"VMTCConfig: .*{message}"):
+        VMTCConfig(**settings)
+
+
+def test_good_settings() -> None:
+    config = VMTCConfig()
+    assert (config.num_primary, config.num_merged, config.iterations) == (128, 32, 10)
+    assert (config.metric, config.weighting, config.head_reduction) == ("cosine", "score", "mean")
+    VMTCConfig(num_primary=0, feature_layer="keys", placement=12, head_reduction="max")
+    VMTCConfig(num_merged=0, feature_layer=-1, placement="after_projector")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_primary = 3
+    with pytest.raises(TypeError):
+        VMTCConfig(128, 32)
+
+
+@pytest.mark.parametrize(
+    ("primary", "merged", "tokens", "counts"),
+    [
+        (128, 32, 576, (128, 32)),
+        (128, 32, 160, (128, 32)),
+        (0.25, 0.05, 576, (144, 29)),
+        (0.5, 2, 5, (3, 2)),
+        (0.5, 0.5, 4, (2, 2)),
+        # halves go up: 2.5 and 0.5
+        (0.25, 0.05, 10, (3, 1)),
+        (1.0, 0, 7, (7, 0)),
+        (0.0, 1.0, 7, (0, 7)),
+        (0, 1, 1, (0, 1)),
+    ],
+)
+def test_counts(primary: float, merged: float, tokens: int, counts: tuple[int, int]) -> None:
+    got = VMTCConfig(num_primary=primary, num_merged=merged).counts(tokens)
+    assert got == counts and all(isinstance(count, int) for count in got)
+
+
+@pytest.mark.parametrize(
+    ("primary", "merged", "tokens"), [(128, 32, 159), (0.01, 0.0, 10), (0.5, 0.5, 5), (1, 1, 0)]
+)
+def test_counts_that_do_not_fit_the_image(primary: float, merged: float, tokens: int) -> None:
+    with pytest.raises(ValueError, match=f"must be 1 to {tokens} for an image of {tokens} tokens"):
+        VMTCConfig(num_primary=primary, num_merged=merged).counts(tokens)
+
+
+@pytest.mark.parametrize("cls_index", [0, 3, None])
+def test_importance(backend: str, cls_index: int | None) -> None:
+    q, k = normal(2, 3, 33, 8), normal(2, 3, 33, 8, seed=1)
+    mean = VMTCConfig().importance(q, k, cls_index=cls_index)
+    assert_same_bits(mean, token_importance(q, k, cls_index=cls_index))
+    heads = [token_importance(q[:, [h]], k[:, [h]], cls_index=cls_index) for h in range(3)]
+    largest = VMTCConfig(head_reduction="max").importance(q, k, cls_index=cls_index)
+    assert largest.shape == (2, 33)
+    assert_close(largest, torch.stack(heads).amax(0))
+    assert_close(mean, torch.stack(heads).mean(0))
+
+
+def test_importance_defaults_to_the_first_token(backend: str) -> None:
+    q, k = normal(2, 3, 33, 8), normal(2, 3, 33, 8, seed=1)
+    for reduction in ("mean", "max"):
+        config = VMTCConfig(head_reduction=reduction)
+        assert_same_bits(config.importance(q, k), config.importance(q, k, cls_index=0))
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("weighting", ["score", "uniform"])
+def test_merge_is_merge_tokens(backend: str, metric: str, weighting: str) -> None:
+    x, scores, valid = normal(3, 33, 8), uniform(3, 33), ragged(3, 33)
+    features = normal(3, 33, 5, seed=1)
+    for iterations in (0, 10):
+        options = {"metric": metric, "weighting": weighting, "iterations": iterations}
+        config = VMTCConfig(num_primary=0.25, num_merged=3, **options)
+        assert_same_bits(config.merge(x, scores), merge_tokens(x, scores, 8, 3, **options))
+        more = {"features": features, "valid": valid}
+        assert_same_bits(
+            config.merge(x, scores, **more), merge_tokens(x, scores, 8, 3, **options, **more)
+        )
