@@ -1,0 +1,1 @@
+"""Microbenchmarks: ``python -m bench`` times every operator against its rivals."""

@@ -1,0 +1,41 @@
+"""Seeded data sets that look like visual tokens, x: [B, N, D] float32."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+CENTRES = 40
+
+
+def blobs(batch: int, tokens: int, features: int, seed: int = 0) -> Tensor:
+    """A Gaussian mixture for each image: 40 standard normal centres, unit noise around them."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(batch, CENTRES, features, generator=generator)
+    member = torch.randint(CENTRES, (batch, tokens), generator=generator)
+    noise = torch.randn(batch, tokens, features, generator=generator)
+    return centres.gather(1, member[..., None].expand_as(noise)) + noise
+
+
+def field(batch: int, tokens: int, features: int, seed: int = 0) -> Tensor:
+    """A smooth field of rank 64 over a square grid, and noise: like the features of a ViT."""
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise ValueError(f"field: tokens must be a square number, got {tokens}")
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(batch, 64, 6, 6, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")
+    mixing = torch.randn(64, features, generator=generator) / 8
+    noise = torch.randn(batch, tokens, features, generator=generator)
+    return fine.flatten(2).transpose(1, 2) @ mixing + 0.3 * noise
+
+
+def randn(batch: int, tokens: int, features: int, seed: int = 0) -> Tensor:
+    """No structure at all."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, tokens, features, generator=generator)
+
+
+DATASETS = {"blobs": blobs, "field": field, "randn": randn}

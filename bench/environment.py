@@ -1,0 +1,124 @@
+"""What a number depends on besides the code: recorded beside every result."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import threadpoolctl
+import torch
+
+import vmtc_kernels
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "numpy", "scipy", "faiss-cpu", "scikit-learn", "fast-pytorch-kmeans")
+# settings that change the speed of a numerical library
+_TELLING = re.compile(r"^(OMP|OPENBLAS|MKL|KMP|GOMP|ATEN|ONEDNN|DNNL|TORCH|VMTC)_")
+
+
+def limit_threads(threads: int) -> None:
+    """Give every numerical library that is installed the same number of threads."""
+    torch.set_num_threads(threads)
+    for name in ("faiss", "sklearn.cluster"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    # sees every OpenMP and BLAS loaded by now, faiss's own included
+    threadpoolctl.threadpool_limits(threads)
+
+
+class Others:
+    """How many processors other processes kept busy since this was made; None where unknown.
+
+    Threads that wait for one another suffer from company many times over: ten times slower k-means
+    was seen beside one busy process on two processors.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._seconds(), time.monotonic()
+
+    def busy(self) -> float | None:
+        used, since = self._start
+        now = self._seconds()
+        if used is None or now is None:
+            return None
+        return max(0.0, (now - used) / (time.monotonic() - since))
+
+    @staticmethod
+    def _seconds() -> float | None:
+        """Processor time of the machine without ours."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _idle, _wait, *rest = map(int, stat.read_text().split()[1:9])
+        return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+
+def describe(threads: int) -> dict[str, Any]:
+    revision = _git("rev-parse", "--short=12", "HEAD")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "commit": revision or "unknown",
+        "dirty": bool(_git("status", "--porcelain")) if revision else None,
+        "device": "cpu",
+        "cpu": cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "thread_pools": [_pool(pool) for pool in threadpoolctl.threadpool_info()],
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {
+            "python": platform.python_version(),
+            "vmtc_kernels": vmtc_kernels.__version__,
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "backends": vmtc_kernels.available_backends(),
+        "variables": {k: v for k, v in sorted(os.environ.items()) if _TELLING.match(k)},
+    }
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def result_path(environment: dict[str, Any]) -> Path:
+    """bench/results/<device>-<commit>[-dirty].json"""
+    device = re.sub(r"[^a-z0-9]+", "-", environment["cpu"].lower()).strip("-")
+    dirty = "-dirty" if environment["dirty"] else ""
+    return ROOT / "bench" / "results" / f"{device}-{environment['commit']}{dirty}.json"
+
+
+def _pool(pool: dict[str, Any]) -> str:
+    """For example ``numpy.libs: openblas 0.3.31 SkylakeX, 2 threads``."""
+    parts = [pool["internal_api"], pool["version"], pool.get("architecture")]
+    owner = Path(pool["filepath"]).parent
+    owner = owner.parent if owner.name == "lib" else owner
+    return f"{owner.name}: {' '.join(filter(None, parts))}, {pool['num_threads']} threads"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str:
+    """The answer of git, empty where there is no repository or no git."""
+    try:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""

@@ -1,0 +1,83 @@
+"""Results as tables for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .runner import Result, Row
+
+# processors kept busy by others, from which on a run says that it was disturbed
+QUIET = 0.1
+_STYLE = {"ok": "", "failed": "red", "missing": "dim"}
+
+
+def show(console: Console, result: Result) -> None:
+    title = " ".join(f"{key}={value}" for key, value in result.params.items())
+    table = Table(title=f"[bold]{result.suite}[/]  {title}", title_justify="left")
+    table.add_column("provider", no_wrap=True)
+    table.add_column("does", no_wrap=True)
+    for heading in ("ms per image", "[p20, p80]", "against ours"):
+        table.add_column(heading.replace("[", r"\["), justify="right", no_wrap=True)
+    table.add_column("agreement with the reference")
+    ours = next((row.ms["median"] for row in result.rows if row.kind == "ours" and row.ms), None)
+    for row in result.rows:
+        table.add_row(*_cells(row, ours), style=_STYLE[row.status])
+    console.print(table)
+    for line in conclusions(result):
+        console.print(line, highlight=False)
+    console.print()
+
+
+def conclusions(result: Result) -> list[str]:
+    lines = [", ".join(_target(target) for target in result.targets)]
+    if result.workspace:
+        lines.append(
+            f"workspace of ours at its peak: {result.workspace['ratio']:.2f}x"
+            f" {result.workspace['unit']} ({result.workspace['bytes'] / 2**20:.1f} MiB)"
+        )
+    gigabytes, gigaflops = (result.cost[unit] / 1e9 / result.images for unit in ("bytes", "flops"))
+    lines.append(f"the work of an image: {1e3 * gigabytes:.2f} MB, {gigaflops:.3f} GFLOP unpruned")
+    return lines
+
+
+def company(environment: dict[str, Any]) -> str:
+    busy = environment["others_busy"]
+    if busy is None:
+        return "not known: whether other processes ran meanwhile"
+    text = f"other processes kept {busy:.2f} of {environment['cores']} processors busy meanwhile"
+    return f"[yellow]{text}: too much for numbers to trust[/]" if busy > QUIET else text
+
+
+def headline(environment: dict[str, Any]) -> str:
+    commit = environment["commit"] + (", uncommitted changes" if environment["dirty"] else "")
+    return (
+        f"{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads,"
+        f" torch {environment['versions']['torch']}, commit {commit}"
+    )
+
+
+def _cells(row: Row, ours: float | None) -> list[str]:
+    if not row.ms:
+        return [row.name, row.scope, row.status, "", "", row.detail]
+    ratio = f"{row.ms['median'] / ours:.2f}x" if ours else ""
+    spread = rf"\[{_ms(row.ms['p20'])}, {_ms(row.ms['p80'])}]"
+    return [row.name, row.scope, _ms(row.ms["median"]), spread, ratio, row.detail]
+
+
+def _ms(value: float) -> str:
+    return f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
+
+
+def _target(target: dict[str, Any]) -> str:
+    names = {"rival": "fastest rival", "reference": "own reference", "floor": "the least work"}
+    against = names[target["against"]]
+    bound = "at most " if target["against"] == "floor" else ""
+    aim = f"target {bound}{target['factor']:g}x"
+    if target["ratio"] is None:
+        return f"ours vs {against}: not measured ({aim})"
+    outcome = "met" if target["met"] else "missed"
+    who = f" ({target['provider']})" if target["against"] == "rival" else ""
+    return f"ours vs {against}{who}: {target['ratio']:.2f}x ({aim}: {outcome})"
