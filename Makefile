@@ -1,0 +1,93 @@
+# Everything is made in $(VENV); `make help` lists the targets.
+#   PYTHON       the Python that makes the environment, 3.10 or newer
+#   TORCH        what pip installs as torch; an importable torch in the environment is kept
+#   TORCH_INDEX  package index for torch alone, for example PyTorch's index of CPU builds: on Linux
+#                the default build brings gigabytes of CUDA libraries along
+#   PIP_ARGS     more arguments for every pip install
+#   MAX_JOBS     compilers at a time
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+PIP_ARGS ?=
+BENCH_ARGS ?=
+export MAX_JOBS ?= 2
+
+PY := $(VENV)/bin/python
+PIP_INSTALL := $(PY) -m pip install --quiet $(PIP_ARGS)
+CSRC := $(wildcard csrc/*.* csrc/*/*.*)
+
+EXTRAS_demo := demo
+EXTRAS_test := test,demo,bench,transformers
+EXTRAS_bench := bench
+EXTRAS_dev := dev
+
+# the operators that the sanitizer watches
+ASAN_DIR := $(CURDIR)/build/asan
+ASAN_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
+    kmeans merge_tokens token_importance spatial_downsample select)))
+# what runs our C++: not the reference, and none of torch's compiler, which takes hours there
+ASAN_SELECT := cpu and not opcheck and not compiles and not exports
+# beside libasan: without libstdc++ it does not find __cxa_throw when python starts
+ASAN_PRELOAD = $(foreach lib,libasan.so libstdc++.so,$(shell $${CXX:-g++} -print-file-name=$(lib)))
+
+.DEFAULT_GOAL := help
+# several pips at work in one environment would spoil it
+.NOTPARALLEL:
+.PHONY: help demo test lint bench wheel asan clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.extras-demo $(VENV)/.built  ## install, build, merge the tokens of a photograph
+	$(VENV)/bin/vmtc demo
+
+test: $(VENV)/.extras-test $(VENV)/.built  ## install, build, run every test, then lint
+	$(PY) -m pytest
+	$(MAKE) --no-print-directory lint
+
+lint: $(VENV)/.extras-dev  ## ruff, mypy and clang-format
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy vmtc_kernels
+	$(if $(CSRC),$(VENV)/bin/clang-format --dry-run -Werror $(CSRC))
+
+bench: $(VENV)/.extras-bench $(VENV)/.built  ## time the operators against their rivals
+	$(PY) -m bench $(BENCH_ARGS)
+
+wheel: $(VENV)/.torch  ## sdist, and a wheel built from it, in dist/
+	$(PIP_INSTALL) build
+	$(PY) -m build --no-isolation
+
+asan: $(VENV)/.extras-test  ## run the operators' tests under AddressSanitizer
+	VMTC_ASAN=1 VMTC_BUILD=cpu $(PY) setup.py -q build --force --build-lib $(ASAN_DIR)/lib --build-temp $(ASAN_DIR)/temp
+	rm -f $(ASAN_DIR)/report.*
+	LD_PRELOAD="$(ASAN_PRELOAD)" PYTHONPATH=$(ASAN_DIR)/lib PYTHONMALLOC=malloc \
+	    ASAN_OPTIONS=detect_leaks=1:fast_unwind_on_malloc=0:log_path=$(ASAN_DIR)/report \
+	    LSAN_OPTIONS=exitcode=0:max_leaks=0 \
+	    $(PY) -m pytest -q -p no:cacheprovider -o pythonpath=$(ASAN_DIR)/lib -k '$(ASAN_SELECT)' $(ASAN_TESTS) \
+	    || { grep -h -A 40 'ERROR: AddressSanitizer' $(ASAN_DIR)/report.*; exit 1; }
+# python and torch keep memory until the process ends; only what our module allocated counts
+	@awk 'BEGIN {RS = ""} /vmtc_kernels\/_C\.|\/csrc\/(module|cpu)/ {print; found = 1} END {exit found}' \
+	    /dev/null $(ASAN_DIR)/report.* && echo "asan: no error, no leak from vmtc_kernels._C"
+
+clean:  ## remove everything built; the environment stays
+	rm -rf build dist *.egg-info vmtc_kernels/_C*.so $(VENV)/.built
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -c 'import torch' 2>/dev/null || \
+	    $(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(PIP_INSTALL) 'setuptools>=77' ninja numpy
+	touch $@
+
+# the package is not compiled here, so that .built can compile what changed and no more
+$(VENV)/.extras-%: pyproject.toml $(VENV)/.torch
+	VMTC_BUILD=none $(PIP_INSTALL) --no-build-isolation --editable '.[$(EXTRAS_$*)]'
+	touch $@
+
+# forced, as setuptools does not look at headers; ninja does, and compiles only what must be
+$(VENV)/.built: setup.py $(CSRC) $(VENV)/.torch
+	$(PY) setup.py -q build_ext --inplace --force
+	touch $@
