@@ -63,11 +63,12 @@ def _cells(row: Row, ours: float | None) -> list[str]:
     if not row.ms:
         return [row.name, row.scope, row.status, "", "", row.detail]
     ratio = f"{row.ms['median'] / ours:.2f}x" if ours else ""
-    spread = rf"\[{_ms(row.ms['p20'])}, {_ms(row.ms['p80'])}]"
-    return [row.name, row.scope, _ms(row.ms["median"]), spread, ratio, row.detail]
+    low, high = (milliseconds(row.ms[key]) for key in ("p20", "p80"))
+    spread = rf"\[{low}, {high}]"
+    return [row.name, row.scope, milliseconds(row.ms["median"]), spread, ratio, row.detail]
 
 
-def _ms(value: float) -> str:
+def milliseconds(value: float) -> str:
     return f"{value:.4f}" if value < 0.1 else f"{value:.2f}"
 
 
