@@ -29,7 +29,8 @@ def section(path: Path) -> str:
         f" torch {environment['versions']['torch']}, commit {environment['commit']}:"
         f" [{path.name}]({path.resolve().relative_to(ROOT)}). Milliseconds an image, median"
         " [20th, 80th percentile]; every result was checked against the reference before it was"
-        " timed. The rivals only cluster tokens already gathered; ours selects, clusters and merges.",
+        " timed. The rivals only cluster tokens already gathered; ours selects, clusters and"
+        " merges.",
         "",
     ]
     for suite in dict.fromkeys(result["suite"] for result in results):
