@@ -68,8 +68,9 @@ asan: $(VENV)/.extras-test  ## run the operators' tests under AddressSanitizer
 	    $(PY) -m pytest -q -p no:cacheprovider -o pythonpath=$(ASAN_DIR)/lib -k '$(ASAN_SELECT)' $(ASAN_TESTS) \
 	    || { grep -h -A 40 'ERROR: AddressSanitizer' $(ASAN_DIR)/report.*; exit 1; }
 # python and torch keep memory until the process ends; only what our module allocated counts
-	@awk 'BEGIN {RS = ""} /vmtc_kernels\/_C\.|\/csrc\/(module|cpu)/ {print; found = 1} END {exit found}' \
-	    /dev/null $(ASAN_DIR)/report.* && echo "asan: no error, no leak from vmtc_kernels._C"
+	@cat $(ASAN_DIR)/report.* 2>/dev/null \
+	    | awk 'BEGIN {RS = ""} /vmtc_kernels\/_C\.|\/csrc\/(module|cpu)/ {print; found = 1} END {exit found}' \
+	    && echo "asan: no error, no leak from vmtc_kernels._C"
 
 clean:  ## remove everything built; the environment stays
 	rm -rf build dist *.egg-info vmtc_kernels/_C*.so $(VENV)/.built
@@ -89,5 +90,6 @@ $(VENV)/.extras-%: pyproject.toml $(VENV)/.torch
 
 # forced, as setuptools does not look at headers; ninja does, and compiles only what must be
 $(VENV)/.built: setup.py $(CSRC) $(VENV)/.torch
-	$(PY) setup.py -q build_ext --inplace --force
+	@mkdir -p build && echo "compiling vmtc_kernels._C (a minute or two; build/compile.log)"
+	@$(PY) setup.py -q build_ext --inplace --force >build/compile.log 2>&1 || { cat build/compile.log; exit 1; }
 	touch $@

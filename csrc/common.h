@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -64,6 +65,12 @@ inline std::vector<int32_t> valid_positions(const at::Tensor& valid, int64_t ima
   for (int64_t i = 0; i < N; ++i)
     if (!mask || mask[i]) positions.push_back(i);
   return positions;
+}
+
+// How many items a thread takes at least: enough work, in elements touched, for the microseconds
+// that its start costs. It cuts no sum, so results do not depend on it.
+inline int64_t grain(int64_t elements_per_item) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_item));
 }
 
 inline int64_t images_at_a_time(int64_t images) {

@@ -25,14 +25,11 @@ constexpr int64_t SAMPLING = 8;
 // a distance is not computed further once it exceeds the own one by this factor, squared: above 1
 // it leaves room in the bound for the rounds to come
 constexpr float ROOM = 1.2;
-// a sum from which a token was taken whose squared norm exceeds the rest by this factor has lost
-// digits, and is made anew
-constexpr float OUTLIER = 1e12;
 
 template <typename Body>
-void for_each_block(int64_t tokens, const Body& body) {
+void for_each_block(int64_t tokens, int64_t D, const Body& body) {
   const int64_t blocks = (tokens + BLOCK - 1) / BLOCK;
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, blocks, grain(BLOCK * D), [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
       body(block * BLOCK, std::min(tokens, (block + 1) * BLOCK));
   });
@@ -89,7 +86,7 @@ Lloyd::Lloyd(int64_t tokens, int64_t clusters, int64_t D, Metric metric, void* w
 void Lloyd::load(const at::Tensor& x, int64_t image, const std::vector<int32_t>& positions) {
   VMTC_DISPATCH(x.scalar_type(), "load", [&] {
     const scalar_t* source = x.const_data_ptr<scalar_t>() + image * x.stride(0);
-    at::parallel_for(0, tokens_, BLOCK, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, tokens_, grain(D_), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const scalar_t* row = source + positions[i] * x.stride(1);
         row_[i] = rows::as_float(row, copy_ + i * D_, D_);
@@ -120,36 +117,6 @@ void Lloyd::run(int64_t iterations) {
   count_members();
 }
 
-void Lloyd::means(float* out) {
-  update_sums();
-  at::parallel_for(0, clusters_, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      const double count = std::max(finite_members_[k], 1);
-      for (int64_t d = 0; d < D_; ++d) out[k * D_ + d] = sum(k)[d] / count;
-    }
-  });
-}
-
-void Lloyd::seed() {
-  for (int64_t k = 0; k < clusters_; ++k) {
-    const int64_t rank = (2 * k + 1) * tokens_ / (2 * clusters_);
-    rows::scale(row_[rank], factor_[rank], centroid(k), D_);
-    note_centroid(k);
-  }
-}
-
-// refresh what is derived from centroid k, for cosine after making it a unit vector
-void Lloyd::note_centroid(int64_t k) {
-  float* c = centroid(k);
-  float square = rows::dot(c, c, D_);
-  if (metric_ == Metric::cosine && square > 0) {
-    rows::scale(c, 1.f / std::sqrt(square), c, D_);
-    square = 1;
-  }
-  centroid_square_[k] = square;
-  offset_[k] = metric_ == Metric::cosine ? 0 : square / 2;
-}
-
 float Lloyd::distance(int64_t i, int64_t k) {
   return metric_ == Metric::cosine ? 1 - factor_[i] * rows::dot(row_[i], centroid(k), D_)
                                    : rows::squared_distance(row_[i], factor_[i], centroid(k), D_);
@@ -176,7 +143,7 @@ void Lloyd::assign_all() {
   largest_square_ = *std::max_element(centroid_square_.begin(), centroid_square_.end());
   bounds_hold_ = has_euclidean_form();
   const at::Tensor centroids = at::from_blob(centroids_, {clusters_, D_}, at::kFloat);
-  for_each_block(tokens_, [&](int64_t begin, int64_t end) {
+  for_each_block(tokens_, D_, [&](int64_t begin, int64_t end) {
     const int64_t rows_here = end - begin;
     at::Tensor products = at::from_blob(bounds(begin), {rows_here, clusters_}, at::kFloat);
     const at::Tensor gathered = at::empty({rows_here * std::min(D_, DEPTH)}, at::kFloat);
@@ -255,7 +222,7 @@ void Lloyd::assign_within_bounds() {
   int64_t open = 0, sampled = 0;
   for (int64_t i = 0; i < tokens_; i += SAMPLING, ++sampled) open += tighten(i);
   if (open > DENSE_SHARE * sampled * clusters_) return assign_all();
-  for_each_block(tokens_, [&](int64_t begin, int64_t end) {
+  for_each_block(tokens_, D_, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i % SAMPLING != 0) tighten(i);
       settle_within_bounds(i);
@@ -319,7 +286,7 @@ void Lloyd::repair() {
   sizes_.assign(clusters_, 0);
   for (int32_t label : labels_) ++sizes_[label];
   if (std::find(sizes_.begin(), sizes_.end(), 0) == sizes_.end()) return;
-  for_each_block(tokens_, [&](int64_t begin, int64_t end) {
+  for_each_block(tokens_, D_, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) own_[i] = finite_[i] ? distance(i, labels_[i]) : INF;
   });
   for (int64_t k = 0; k < clusters_; ++k) {
@@ -334,83 +301,6 @@ void Lloyd::repair() {
     own_[farthest] = NOT_KNOWN;
     upper_[farthest] = INF;
   }
-}
-
-void Lloyd::count_members() {
-  std::vector<int32_t> next(clusters_);
-  int32_t total = 0;
-  for (int64_t k = 0; k < clusters_; ++k) {
-    first_[k] = next[k] = total;
-    total += sizes_[k];
-  }
-  for (int64_t i = 0; i < tokens_; ++i) members_[next[labels_[i]]++] = i;
-}
-
-// make sums_ those of labels_
-void Lloyd::update_sums() {
-  const bool anew = tokens_ == 0 || summed_[0] < 0;
-  std::vector<std::vector<int32_t>> changes(clusters_);  // ranks of the tokens that came or left
-  int64_t outsiders = 0;
-  for (int64_t i = 0; i < tokens_; ++i) {
-    if (labels_[i] == summed_[i]) continue;
-    ++outsiders;
-    changes[labels_[i]].push_back(i);
-    if (!anew) changes[summed_[i]].push_back(i);
-  }
-  if (anew || outsiders > 0) count_members();
-  at::parallel_for(0, clusters_, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) {
-      changed_[k] = anew || !changes[k].empty();
-      if (changed_[k] && (anew || !sum_changes(k, changes[k]))) sum_members(k);
-    }
-  });
-  summed_ = labels_;
-}
-
-void Lloyd::sum_members(int64_t k) {
-  const int32_t* member = members(k);
-  std::fill_n(sum(k), D_, 0.);
-  finite_members_[k] = 0;
-  for (int32_t j = 0; j < sizes_[k]; ++j) finite_members_[k] += finite_[member[j]];
-  rows::add_rows(
-      sizes_[k], [&](int64_t j) { return row_[member[j]]; },
-      [&](int64_t j) { return factor_[member[j]]; }, sum(k), D_);
-}
-
-// add what came to cluster k and take away what left; false if that lost digits
-bool Lloyd::sum_changes(int64_t k, const std::vector<int32_t>& changes) {
-  const auto left = [&](int32_t i) { return summed_[i] == k; };
-  rows::add_rows(
-      changes.size(), [&](int64_t j) { return row_[changes[j]]; },
-      [&](int64_t j) { return left(changes[j]) ? -factor_[changes[j]] : factor_[changes[j]]; },
-      sum(k), D_);
-  float largest = 0;
-  for (int32_t i : changes) {
-    finite_members_[k] += left(i) ? -finite_[i] : finite_[i];
-    if (left(i)) largest = std::max(largest, square_[i]);
-  }
-  double square = 0;
-  for (int64_t d = 0; d < D_; ++d) square += sum(k)[d] * sum(k)[d];
-  return finite_members_[k] > 0 && largest <= OUTLIER * square;
-}
-
-// centroids of the clusters whose sums changed, and how far each moved
-void Lloyd::move_centroids() {
-  at::parallel_for(0, clusters_, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> former(D_);
-    for (int64_t k = begin; k < end; ++k) {
-      moved_[k] = 0;
-      if (!changed_[k]) continue;
-      float* c = centroid(k);
-      const double count = std::max(finite_members_[k], 1);
-      for (int64_t d = 0; d < D_; ++d) {
-        former[d] = c[d];
-        c[d] = sum(k)[d] / count;
-      }
-      note_centroid(k);
-      moved_[k] = std::sqrt(rows::squared_distance(former.data(), 1.f, c, D_)) * (1 + 1e-5f);
-    }
-  });
 }
 
 }  // namespace vmtc

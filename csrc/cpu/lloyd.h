@@ -37,13 +37,15 @@ class Lloyd {
   const int32_t* members(int64_t k) const { return members_.data() + first_[k]; }
 
  private:
-  void seed();
   void assign_all();
   void assign_within_bounds();
   int64_t tighten(int64_t i);
   void settle_from_products(int64_t i);
   void settle_within_bounds(int64_t i);
   void repair();
+
+  // lloyd_centroids.cpp
+  void seed();
   void count_members();
   void update_sums();
   void sum_members(int64_t k);

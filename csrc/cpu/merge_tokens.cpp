@@ -114,7 +114,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_tokens(
       for (int64_t i = 0; i < redundant; ++i)
         slot_of[selected.redundant[i]] = P + lloyd.labels()[i];
       std::copy_n(lloyd.sizes().data(), K, size + P);
-      at::parallel_for(0, K, 1, [&](int64_t begin, int64_t end) {
+      at::parallel_for(0, K, grain(redundant * D / K), [&](int64_t begin, int64_t end) {
         std::vector<float> buffer(5 * D);
         for (int64_t k = begin; k < end; ++k) {
           merge_cluster(image, x.stride(1), lloyd.members(k), lloyd.sizes()[k],

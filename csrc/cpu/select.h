@@ -23,7 +23,7 @@ std::tuple<at::Tensor, at::Tensor> select_tokens(const at::Tensor& x_in, int64_t
   at::Tensor positions = at::empty({B, M}, x.options().dtype(at::kInt));
 
   const int64_t width = x.element_size();
-  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, B, grain(M * D), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const std::vector<int32_t> kept = choose(valid_positions(valid, b, N));
       const int64_t count = kept.size();

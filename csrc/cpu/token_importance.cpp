@@ -8,7 +8,7 @@
 namespace vmtc {
 namespace {
 
-// queries whose attention rows exist at one time, and keys that one thread takes at a time
+// queries whose attention rows exist at one time
 constexpr int64_t BLOCK = 64;
 
 // logits [H, N] of one image: scale q_c k^T of every head
@@ -32,12 +32,12 @@ void attention_logits(const at::Tensor& q, const at::Tensor& k, int64_t b, int64
   };
   // in the order in which the keys lie in memory
   if (head_stride < key_stride) {
-    at::parallel_for(0, N, BLOCK, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, N, grain(H * d), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         for (int64_t h = 0; h < H; ++h) logit(h, i);
     });
   } else {
-    at::parallel_for(0, H, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, H, grain(N * d), [&](int64_t begin, int64_t end) {
       for (int64_t h = begin; h < end; ++h)
         for (int64_t i = 0; i < N; ++i) logit(h, i);
     });
@@ -105,7 +105,7 @@ at::Tensor token_importance(const at::Tensor& q_in, const at::Tensor& k_in,
         attention_logits<scalar_t>(q, k, b, *cls_index, scale, given + b * H * N);
       });
     });
-    at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, B * H, grain(16 * N), [&](int64_t begin, int64_t end) {
       for (int64_t head = begin; head < end; ++head) rows::softmax(given + head * N, N);
     });
   } else {
@@ -124,7 +124,7 @@ at::Tensor token_importance(const at::Tensor& q_in, const at::Tensor& k_in,
   }
 
   const float share = 1.f / (cls_index ? H : H * N);
-  at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, B, grain(H * N), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
       rows::weighted_sum(
           H, [&](int64_t h) { return given + (b * H + h) * N; }, [&](int64_t) { return share; },
