@@ -9,10 +9,16 @@ Unset, it is cuda where that can be had, else cpu.
 
 import os
 import platform
+import subprocess
 import sys
 from glob import glob
 
 from setuptools import setup
+
+
+def is_clang(compiler: str) -> bool:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    return "clang" in version.stdout
 
 
 def compiled() -> dict:
@@ -23,7 +29,13 @@ def compiled() -> dict:
         return {}
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+        from torch.utils.cpp_extension import (
+            CUDA_HOME,
+            BuildExtension,
+            CppExtension,
+            CUDAExtension,
+            get_cxx_compiler,
+        )
     except ImportError as error:
         sys.exit(
             f"torch is needed to compile the kernels ({error}). Install torch, setuptools and"
@@ -40,12 +52,22 @@ def compiled() -> dict:
         )
     use_cuda = can_cuda and build != "cpu"
 
-    cxx = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
+    # -g0: python's own flags ask for debug information, ten times the size of the code
+    cxx = [
+        "-g0",
+        "-O3",
+        "-std=c++20",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+        "-Wno-unknown-pragmas",
+    ]
     link = []
     if platform.machine() in ("x86_64", "AMD64"):
         # the vector width of ATen's AVX2 kernels; the registry refuses the module on less
         cxx += ["-mavx2", "-mfma", "-mf16c", "-DCPU_CAPABILITY=AVX2", "-DCPU_CAPABILITY_AVX2"]
-    if platform.system() == "Linux":
+    if platform.system() == "Linux" and not is_clang(get_cxx_compiler()):
+        # clang's OpenMP needs another run time than the one that torch brings: loops are serial.
         # not passed to the linker: at run time the symbols come from the OpenMP that torch brings,
         # so that the process has one thread pool
         cxx.append("-fopenmp")
@@ -57,6 +79,7 @@ def compiled() -> dict:
         "vmtc_kernels._C",
         sources + (cuda_sources if use_cuda else []),
         include_dirs=[os.path.abspath("csrc")],
+        depends=glob("csrc/**/*.h", recursive=True),
         define_macros=[
             ("VMTC_BUILD_FLAGS", f'"{flags}"'),
             ("VMTC_BUILD_KIND", '"cuda"' if use_cuda else '"cpu"'),

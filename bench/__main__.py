@@ -37,7 +37,6 @@ def main(
     environment.limit_threads(threads)
     described = environment.describe(threads)
     console.print(report.headline(described), "\n", highlight=False)
-    others = environment.Others()
     results = []
     for name in suites or SUITES:
         for setup in SUITES[name].SETUPS:
@@ -49,8 +48,6 @@ def main(
             report.show(console, result)
             results.append(result)
 
-    described["others_busy"] = others.busy()
-    console.print(report.company(described), highlight=False)
     path = out or (environment.result_path(described) if keep else None)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)

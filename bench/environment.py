@@ -36,6 +36,10 @@ def limit_threads(threads: int) -> None:
     threadpoolctl.threadpool_limits(threads)
 
 
+# processors kept busy by others, from which on a measurement counts as disturbed
+QUIET = 0.1
+
+
 class Others:
     """How many processors other processes kept busy since this was made; None where unknown.
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .environment import ROOT
+from .environment import QUIET, ROOT
 from .report import milliseconds
 
 BEGIN, END = "<!-- bench:begin -->\n", "<!-- bench:end -->\n"
@@ -24,6 +24,9 @@ def section(path: Path) -> str:
     """Markdown of a run: what was measured where, and a table for each suite."""
     record = json.loads(path.read_text())
     environment, results = record["environment"], record["results"]
+    disturbed = [r["params"] for r in results if (r["others_busy"] or 0) > QUIET]
+    if disturbed or environment["dirty"]:
+        sys.exit(f"{path} is not for the README: dirty tree {environment['dirty']}, {disturbed=}")
     lines = [
         f"{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads,"
         f" torch {environment['versions']['torch']}, commit {environment['commit']}:"

@@ -9,8 +9,6 @@ from rich.table import Table
 
 from .runner import Result, Row
 
-# processors kept busy by others, from which on a run says that it was disturbed
-QUIET = 0.1
 _STYLE = {"ok": "", "failed": "red", "missing": "dim"}
 
 
@@ -40,15 +38,10 @@ def conclusions(result: Result) -> list[str]:
         )
     gigabytes, gigaflops = (result.cost[unit] / 1e9 / result.images for unit in ("bytes", "flops"))
     lines.append(f"the work of an image: {1e3 * gigabytes:.2f} MB, {gigaflops:.3f} GFLOP unpruned")
+    if result.others_busy is not None:
+        text = f"other processes kept {result.others_busy:.2f} processors busy meanwhile"
+        lines.append(f"[yellow]{text}: too much to judge[/]" if result.disturbed else text)
     return lines
-
-
-def company(environment: dict[str, Any]) -> str:
-    busy = environment["others_busy"]
-    if busy is None:
-        return "not known: whether other processes ran meanwhile"
-    text = f"other processes kept {busy:.2f} of {environment['cores']} processors busy meanwhile"
-    return f"[yellow]{text}: too much for numbers to trust[/]" if busy > QUIET else text
 
 
 def headline(environment: dict[str, Any]) -> str:
@@ -79,6 +72,6 @@ def _target(target: dict[str, Any]) -> str:
     aim = f"target {bound}{target['factor']:g}x"
     if target["ratio"] is None:
         return f"ours vs {against}: not measured ({aim})"
-    outcome = "met" if target["met"] else "missed"
+    outcome = {True: "met", False: "missed", None: "not judged"}[target["met"]]
     who = f" ({target['provider']})" if target["against"] == "rival" else ""
     return f"ours vs {against}{who}: {target['ratio']:.2f}x ({aim}: {outcome})"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from . import memory, timing
+from . import environment, memory, timing
 
 Kind = Literal["ours", "reference", "rival", "floor"]
 
@@ -94,6 +94,12 @@ class Result:
     rows: list[Row]
     targets: list[dict[str, Any]]
     workspace: dict[str, Any] | None
+    # processors that other processes kept busy during the timing
+    others_busy: float | None
+
+    @property
+    def disturbed(self) -> bool:
+        return _disturbed(self.others_busy)
 
 
 def run_case(case: Case, *, repetitions: int, seconds: float) -> Result:
@@ -103,7 +109,9 @@ def run_case(case: Case, *, repetitions: int, seconds: float) -> Result:
         for p, row in zip(case.providers, rows, strict=True)
         if row.ms is None and row.status == "ok"
     }
+    others = environment.Others()
     timings = timing.interleaved(timed, repetitions=repetitions, seconds=seconds) if timed else {}
+    busy = others.busy()
     for row in rows:
         if row.name in timings:
             _fill(row, timings[row.name], 1e3 / case.images)
@@ -113,9 +121,14 @@ def run_case(case: Case, *, repetitions: int, seconds: float) -> Result:
         case.images,
         asdict(case.cost),
         rows,
-        [_compare(target, rows) for target in case.targets],
+        [_compare(target, rows, _disturbed(busy)) for target in case.targets],
         _workspace(case, rows),
+        busy,
     )
+
+
+def _disturbed(others_busy: float | None) -> bool:
+    return others_busy is not None and others_busy > environment.QUIET
 
 
 def _gate(provider: Provider) -> Row:
@@ -139,8 +152,9 @@ def _fill(row: Row, timed: timing.Timing, scale: float) -> None:
     row.samples_ms = [sample * scale for sample in timed.samples]
 
 
-def _compare(target: Target, rows: list[Row]) -> dict[str, Any]:
-    """The measured ratio beside the target; None where one side could not be timed."""
+def _compare(target: Target, rows: list[Row], disturbed: bool) -> dict[str, Any]:
+    """The measured ratio beside the target; ratio is None where one side could not be timed, and
+    met also where other processes disturbed the timing."""
     record: dict[str, Any] = {**asdict(target), "provider": None, "ratio": None, "met": None}
     ours = [row.ms["median"] for row in rows if row.kind == "ours" and row.ms]
     others = {row.name: row.ms["median"] for row in rows if row.kind == target.against and row.ms}
@@ -148,10 +162,11 @@ def _compare(target: Target, rows: list[Row]) -> dict[str, Any]:
         record["provider"] = fastest = min(others, key=others.__getitem__)
         if target.against == "floor":
             record["ratio"] = ratio = ours[0] / others[fastest]
-            record["met"] = ratio <= target.factor
+            met = ratio <= target.factor
         else:
             record["ratio"] = ratio = others[fastest] / ours[0]
-            record["met"] = ratio >= target.factor
+            met = ratio >= target.factor
+        record["met"] = None if disturbed else met
     return record
 
 

@@ -8,6 +8,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -36,6 +37,14 @@ inline void check_cpu_rows(const at::Tensor& x, const char* name, int64_t dim) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf ||
                        x.scalar_type() == at::kBFloat16,
                    name, " must be float32, float16 or bfloat16, got ", x.scalar_type());
+}
+
+// x: [B, N, D] with features, its positions within int32
+inline void check_tokens(const at::Tensor& x, const char* name) {
+  check_cpu_rows(x, name, 3);
+  TORCH_CHECK_VALUE(x.size(2) > 0, name, " must have at least one feature, got ", x.sizes());
+  TORCH_CHECK_VALUE(x.size(1) <= std::numeric_limits<int32_t>::max(), name,
+                    " must have fewer than 2^31 tokens, got ", x.sizes());
 }
 
 inline void check_count(int64_t value, const char* name, int64_t minimum) {

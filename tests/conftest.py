@@ -4,10 +4,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cases import BACKENDS, device_of
 from hypothesis import HealthCheck, settings
 
 import vmtc_kernels
+
+# before their first import, so that a failed assert of theirs shows its values too
+pytest.register_assert_rewrite("cases", "clusters", "contract")
+
+from cases import BACKENDS, device_of  # noqa: E402
 
 settings.register_profile(
     "vmtc",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from cases import (
@@ -20,12 +19,12 @@ from cases import (
     ragged,
     uniform,
 )
+from clusters import assert_clusters, expected_clusters
 from contract import OperatorContract
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from vmtc_kernels import Clusters, kmeans, use_backend
+from vmtc_kernels import kmeans, use_backend
 
 
 class TestContract(OperatorContract):
@@ -33,43 +32,6 @@ class TestContract(OperatorContract):
     # its test_aot_dispatch_dynamic adds up the outputs in the dtype of the first, here integers;
     # test_compiles_with_gradients holds instead
     opcheck_with_gradients = ("test_schema", "test_autograd_registration", "test_faketensor")
-
-
-def expected(
-    x: Tensor,
-    num_clusters: int,
-    iterations: int = 10,
-    metric: str = "cosine",
-    valid: Tensor | None = None,
-    exact_start: bool = False,
-) -> list[oracle.Clustering]:
-    masks = [None] * len(x) if valid is None else array(valid)
-    return [
-        oracle.kmeans(image, num_clusters, iterations, metric, mask, exact_start)
-        for image, mask in zip(array(x), masks, strict=True)
-    ]
-
-
-def assert_consistent(got: Clusters, x: Tensor, metric: str, valid: Tensor | None = None) -> None:
-    """What holds whatever the labels are: types, sizes, no avoidable empty cluster, means."""
-    labels, centroids, sizes = got
-    B, N, D = x.shape
-    K = sizes.shape[1]
-    assert (labels.shape, labels.dtype) == ((B, N), torch.int32)
-    assert (centroids.shape, sizes.dtype) == ((B, K, D), torch.int32)
-    assert centroids.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
-    keep = np.ones((B, N), bool) if valid is None else array(valid)
-    means = np.zeros((B, K, D))
-    for b in range(B):
-        row, count = array(labels[b]), keep[b].sum()
-        assert (row[~keep[b]] == -1).all() and (row[keep[b]] >= 0).all()
-        assert np.array_equal(array(sizes[b]), np.bincount(row[keep[b]], minlength=K))
-        assert (array(sizes[b]) > 0).sum() == min(K, count)
-        image = oracle.kmeans(array(x[b]), 1, 0, metric, keep[b])
-        for k in range(K):
-            members = image.features[(row == k) & image.finite]
-            means[b, k] = members.mean(0) if len(members) else 0
-    assert_close(centroids, means)
 
 
 SIZES = [
@@ -96,8 +58,8 @@ def test_agrees_with_the_definition(
     x = normal(B, N, D, dtype=dtype, seed=3)
     valid = ragged(B, N) if masked else None
     got = kmeans(x, K, metric=metric, valid=valid)
-    assert_consistent(got, x, metric, valid)
-    images = expected(x, K, 10, metric, valid)
+    assert_clusters(got, x, metric, valid)
+    images = expected_clusters(x, K, 10, metric, valid)
     if metric == "cosine" and D == 1:
         # features are 1 and -1: hardly anything but ties
         for row, image in zip(array(got.labels), images, strict=True):
@@ -113,17 +75,19 @@ def test_float64_agrees_with_the_definition(metric: str) -> None:
     x = normal(3, 97, 17, dtype=torch.float64)
     with use_backend("reference"):
         got = kmeans(x, 8, metric=metric)
-    assert_consistent(got, x, metric)
-    assert_same_clustering(got.labels, expected(x, 8, 10, metric), exactly=True)
+    assert_clusters(got, x, metric)
+    assert_same_clustering(got.labels, expected_clusters(x, 8, 10, metric), exactly=True)
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 2, 3, 10, 50])
+@pytest.mark.parametrize("D", [2, 24])
 @pytest.mark.parametrize("metric", METRICS)
-def test_runs_as_many_rounds_as_asked(backend: str, metric: str, iterations: int) -> None:
-    x = normal(2, 97, 24, seed=5)
-    images = expected(x, 7, iterations, metric)
+def test_runs_as_many_rounds_as_asked(backend: str, metric: str, D: int, iterations: int) -> None:
+    """In the plane a token has many near rivals: a bound that is a little too tight shows."""
+    x = normal(2, 321, D)
+    images = expected_clusters(x, 12, iterations, metric)
     assert all(image.clear for image in images)
-    assert_same_clustering(kmeans(x, 7, iterations=iterations, metric=metric).labels, images)
+    assert_same_clustering(kmeans(x, 12, iterations=iterations, metric=metric).labels, images)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -160,8 +124,8 @@ def test_exact_ties_go_to_the_smaller_cluster_and_position(
     valid = uniform(B, N, seed=N) < data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
     for rounds in (0, 4):
         got = kmeans(x, K, iterations=rounds, metric="euclidean", valid=valid)
-        assert_consistent(got, x, "euclidean", valid)
-        images = expected(x, K, rounds, "euclidean", valid, exact_start=True)
+        assert_clusters(got, x, "euclidean", valid)
+        images = expected_clusters(x, K, rounds, "euclidean", valid, exact_start=True)
         # after rounds of inexact means only where none of them met a near tie
         clear = [b for b, image in enumerate(images) if image.clear]
         assert_same_clustering(got.labels[clear], [images[b] for b in clear])
@@ -178,7 +142,7 @@ def test_exact_ties_of_cosine_go_to_the_smaller_cluster(backend: str, data: st.D
     factor = scale[torch.randint(0, 5, (1, N), generator=generator, device="cpu")]
     x = place(torch.nn.functional.one_hot(axis, D) * factor[..., None])
     got = kmeans(x, K, iterations=0)
-    assert_same_clustering(got.labels, expected(x, K, 0), exactly=True)
+    assert_same_clustering(got.labels, expected_clusters(x, K, 0), exactly=True)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -191,7 +155,7 @@ def test_identical_tokens(backend: str, metric: str, dtype: torch.dtype) -> None
     assert got.labels.tolist() == 2 * [[1, 2, 3, 4] + 32 * [0]]
     for tokens in (37, 97):
         x = normal(1, 1, 17, dtype=dtype).expand(2, tokens, 17)
-        assert_consistent(kmeans(x, 5, metric=metric), x, metric)
+        assert_clusters(kmeans(x, 5, metric=metric), x, metric)
 
 
 def test_equal_seeds_leave_empty_clusters_that_repair_fills(backend: str) -> None:
@@ -222,8 +186,8 @@ def test_large_and_small_magnitudes(
 ) -> None:
     x = (scale * normal(2, 97, 17, seed=9)).clamp(-6 * scale, 6 * scale).to(dtype)
     got = kmeans(x, 8, metric=metric)
-    assert_consistent(got, x, metric)
-    assert_same_clustering(got.labels, expected(x, 8, 10, metric))
+    assert_clusters(got, x, metric)
+    assert_same_clustering(got.labels, expected_clusters(x, 8, 10, metric))
 
 
 @pytest.mark.parametrize(("scale", "offset"), [(1, 1000), (1e-2, 10), (1, -1e4)])
@@ -234,12 +198,12 @@ def test_a_large_mean_does_not_drown_small_clusters(
     centers = scale * 0.4 * normal(8, 17, seed=9)
     x = centers[torch.arange(97) * 8 // 97] + scale * 0.1 * normal(2, 97, 17, seed=10) + offset
     got = kmeans(x, 8, metric="euclidean")
-    assert_consistent(got, x, "euclidean")
-    images = expected(x, 8, 10, "euclidean")
+    assert_clusters(got, x, "euclidean")
+    images = expected_clusters(x, 8, 10, "euclidean")
     assert all(image.clear for image in images)
     assert_same_clustering(got.labels, images)
     # 1 - cos is a handful of epsilons here, so any label is as good as another
-    assert_consistent(kmeans(x, 8), x, "cosine")
+    assert_clusters(kmeans(x, 8), x, "cosine")
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -284,8 +248,8 @@ def test_tokens_that_are_not_finite_anywhere(backend: str, data: st.DataObject) 
     metric = data.draw(st.sampled_from(METRICS))
     got = kmeans(x, K, metric=metric)
     assert got.centroids.isfinite().all()
-    assert_consistent(got, x, metric)
-    assert_same_clustering(got.labels, expected(x, K, 10, metric))
+    assert_clusters(got, x, metric)
+    assert_same_clustering(got.labels, expected_clusters(x, K, 10, metric))
 
 
 @given(st.data())
@@ -299,8 +263,8 @@ def test_ragged_shapes(backend: str, data: st.DataObject) -> None:
     metric = data.draw(st.sampled_from(METRICS))
     iterations = data.draw(st.sampled_from([0, 1, 10]))
     got = kmeans(x, K, iterations=iterations, metric=metric, valid=valid)
-    assert_consistent(got, x, metric, valid)
-    assert_same_clustering(got.labels, expected(x, K, iterations, metric, valid))
+    assert_clusters(got, x, metric, valid)
+    assert_same_clustering(got.labels, expected_clusters(x, K, iterations, metric, valid))
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -6,6 +6,7 @@ formula, and one kernel for all devices: check the arguments, choose a backend, 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import platform
@@ -102,6 +103,7 @@ def define(
         _compiled_library.define(name + schema)
         op.implementations["cpu"] = getattr(torch.ops.vmtc_cpu, name).default
 
+    @_without_autocast
     def run(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
         return op.implementations[_choose(op, args, kwargs)](*args, **kwargs)
@@ -114,9 +116,24 @@ def define(
     torch.library.register_fake(f"vmtc::{name}", checked_fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(
-            f"vmtc::{name}", backward, setup_context=setup_context, lib=_library
+            f"vmtc::{name}", _without_autocast(backward), setup_context=setup_context, lib=_library
         )
     return getattr(torch.ops.vmtc, name).default
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """function, computing in the types it chose also where autocast would lower them."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        # bad arguments may hold no tensor; a backward formula has its context among them
+        tensor = next((value for value in args if isinstance(value, torch.Tensor)), None)
+        if tensor is None or not torch.is_autocast_enabled(tensor.device.type):
+            return function(*args, **kwargs)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 # what use_backend forced, for the whole process; None is automatic

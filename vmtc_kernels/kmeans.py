@@ -52,8 +52,9 @@ def kmeans(
         members' features under those labels), ``sizes`` i32 ``[B, K]``. Differentiable in ``x``
         through ``centroids`` with the labels held fixed.
 
-    A token whose squared norm is not finite (NaN, Inf, overflow) is at distance inf from every
-    centroid, so it joins cluster 0 unless a repair moves it, and it enters no centroid.
+    A vector counts as zero for cosine where its squared norm is below ``D`` times the smallest
+    normal number. A token whose squared norm is not finite (NaN, Inf, overflow) is at distance inf
+    from every centroid, so it joins cluster 0 unless a repair moves it, and it enters no centroid.
 
     Raises:
         TypeError, ValueError: a wrong rank, dtype, size, device, count or option, named.
@@ -64,6 +65,11 @@ def kmeans(
     return Clusters(*_op(x, num_clusters, iterations, metric, valid))
 
 
+def _zero(x: Tensor) -> float:
+    """The squared norm up to which a vector [..., D] counts as zero: its squares are subnormal."""
+    return x.shape[-1] * torch.finfo(x.dtype).tiny
+
+
 def features(x: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Features [..., D] in float32 or wider, zero where not finite, and which are finite [...]."""
     x = x if x.dtype == torch.float64 else x.float()
@@ -72,7 +78,7 @@ def features(x: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     f = torch.where(finite[..., None], x, 0)
     if metric == "cosine":
         norm = square.sqrt()[..., None]
-        f = torch.where(norm > 0, f / norm, 0)
+        f = torch.where(square[..., None] > _zero(f), f / norm, 0)
     return f, finite
 
 
@@ -81,10 +87,9 @@ def distances(f: Tensor, centroids: Tensor, metric: str) -> Tensor:
     if metric == "euclidean":
         columns = [(f - c).square().sum(-1) for c in centroids]
     else:
-        norms = torch.linalg.vector_norm(centroids, dim=-1)
         columns = [
-            1 - (f * c).sum(-1) / n if n > 0 else torch.ones_like(f[:, 0])
-            for c, n in zip(centroids, norms, strict=True)
+            1 - (f * c).sum(-1) / norm if norm**2 > _zero(c) else torch.ones_like(f[:, 0])
+            for c, norm in zip(centroids, torch.linalg.vector_norm(centroids, dim=-1), strict=True)
         ]
     return torch.stack(columns, dim=-1)
 
@@ -204,7 +209,7 @@ def _backward(ctx: Any, _labels: None, grad: Tensor, _sizes: None) -> tuple[Tens
         # through f = x / |x|, whose derivative projects onto the tangent of the sphere
         norm = torch.linalg.vector_norm(x.to(f.dtype), dim=-1, keepdim=True)
         tangent = grad_x - f * (f * grad_x).sum(-1, keepdim=True)
-        grad_x = torch.where(member[..., None] & (norm > 0), tangent / norm, 0)
+        grad_x = torch.where(member[..., None] & (norm**2 > _zero(f)), tangent / norm, 0)
     return grad_x.to(x.dtype), None, None, None, None
 
 

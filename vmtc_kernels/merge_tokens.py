@@ -100,14 +100,20 @@ def reference(
             clustered = (x if features is None else features)[b, redundant]
             labels, _ = cluster(clustered, num_merged, iterations, metric)
             weight = merge_weights(scores[b, redundant].to(dtype), labels, num_merged, weighting)
-            total = weight.new_zeros(num_merged).index_add_(0, labels, weight)
-            share = (weight / total[labels])[:, None]
+            wide = _wide(weight)
+            total = wide.new_zeros(num_merged).index_add_(0, labels, wide)
+            share = (weight / total[labels]).to(dtype)[:, None]
             merged = share.new_zeros(num_merged, x.shape[2])
             tokens[b, P:] = merged.index_add_(0, labels, share * x[b, redundant].to(dtype))
             owner[b, redundant] = P + labels.int()
         slots = owner[b, position]
         sizes[b] = torch.bincount(slots[slots >= 0], minlength=P + num_merged)
     return tokens, owner, sizes
+
+
+def _wide(weight: Tensor) -> Tensor:
+    """Weights to be summed: scores may add up beyond float32 (where the device has float64)."""
+    return weight if weight.device.type == "mps" else weight.double()
 
 
 def merge_weights(scores: Tensor, slot: Tensor, slots: int, weighting: str) -> Tensor:
@@ -195,8 +201,9 @@ def _backward(ctx: Any, grad: Tensor, _owner: None, _sizes: None) -> tuple[Tenso
     score = torch.where(merged, scores.to(dtype), 0)
     weight = torch.where(merged, merge_weights(score, slot, grad.shape[1], ctx.weighting), 1)
     weight = torch.where(owned, weight, 0)
-    total = weight.new_zeros(grad.shape[:2]).scatter_add_(1, slot, weight).gather(1, slot)
-    share = torch.where(owned, weight / total, 0)[..., None]
+    wide = _wide(weight)
+    total = wide.new_zeros(grad.shape[:2]).scatter_add_(1, slot, wide).gather(1, slot)
+    share = torch.where(owned, weight / total, 0).to(dtype)[..., None]
 
     rows = slot[..., None].expand_as(x)
     grad_token = grad.to(dtype).gather(1, rows)
@@ -205,7 +212,8 @@ def _backward(ctx: Any, grad: Tensor, _owner: None, _sizes: None) -> tuple[Tenso
 
     grad_scores = None
     if ctx.needs_input_grad[1]:
-        moved = (grad_token * (x.to(dtype) - tokens.to(dtype).gather(1, rows))).sum(-1)
+        apart = x.to(dtype) - tokens.to(dtype).gather(1, rows)
+        moved = torch.where(grad_token != 0, grad_token * apart, 0).sum(-1)
         by_score = merged & (scores > 0) & (ctx.weighting == "score")
         grad_scores = torch.where(by_score, moved / total, 0).to(scores.dtype)
     return grad_x, grad_scores, None, None, None, None, None, None, None

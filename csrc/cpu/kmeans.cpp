@@ -11,7 +11,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kmeans(const at::Tensor& x_in, in
                                                       int64_t iterations,
                                                       c10::string_view metric_name,
                                                       const std::optional<at::Tensor>& valid_in) {
-  check_cpu_rows(x_in, "x", 3);
+  check_tokens(x_in, "x");
   check_count(num_clusters, "num_clusters", 1);
   check_count(iterations, "iterations", 0);
   const Metric metric = parse_metric(metric_name);
@@ -23,6 +23,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> kmeans(const at::Tensor& x_in, in
   at::Tensor labels = at::empty({B, N}, ints);
   at::Tensor centroids = at::empty({B, K, D}, x.options().dtype(at::kFloat));
   at::Tensor sizes = at::empty({B, K}, ints);
+
+  if (B == 0) return {labels, centroids, sizes};
 
   const at::Tensor workspace = make_workspace(B, Lloyd::workspace_size(N, K, D, x.scalar_type()));
 

@@ -1,8 +1,10 @@
 #include "lloyd.h"
 
+#include <ATen/Context.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
 
+#include <cstdlib>
 #include <limits>
 
 #include "rows.h"
@@ -25,6 +27,21 @@ constexpr int64_t SAMPLING = 8;
 // a distance is not computed further once it exceeds the own one by this factor, squared: above 1
 // it leaves room in the bound for the rounds to come
 constexpr float ROOM = 1.2;
+
+// Bound of the error of |f|^2 + |c|^2 - 2 f.c, relative to |f|^2 + |c|^2, when the GEMM adds DEPTH
+// products one after the other, as some do. A GEMM that may round its operands to bfloat16, because
+// the process asked for it, loses another 2^-8 in each.
+float relative_product_error(int64_t D) {
+  const auto set = [](const char* name) {
+    const char* value = std::getenv(name);
+    return value && std::string_view(value) != "STRICT";
+  };
+  const bool rounded =
+      at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST ||
+      set("DNNL_DEFAULT_FPMATH_MODE") || set("ONEDNN_DEFAULT_FPMATH_MODE");
+  const float summed = EPSILON * (8 + std::min(D, DEPTH) / 2 + D / DEPTH);
+  return rounded ? summed + 0x1p-7f : summed;
+}
 
 template <typename Body>
 void for_each_block(int64_t tokens, int64_t D, const Body& body) {
@@ -58,6 +75,7 @@ Lloyd::Lloyd(int64_t tokens, int64_t clusters, int64_t D, Metric metric, void* w
       clusters_(clusters),
       D_(D),
       metric_(metric),
+      tiny_(D * std::numeric_limits<float>::min()),
       sums_(static_cast<double*>(workspace)),
       centroids_(reinterpret_cast<float*>(sums_ + clusters * D)),
       bounds_(centroids_ + clusters * D),
@@ -70,12 +88,12 @@ Lloyd::Lloyd(int64_t tokens, int64_t clusters, int64_t D, Metric metric, void* w
       own_(tokens),
       upper_(tokens),
       labels_(tokens),
-      former_(tokens, -1),
       summed_(tokens, -1),
       sizes_(clusters),
       first_(clusters),
       members_(tokens),
       finite_members_(clusters),
+      largest_(clusters),
       centroid_square_(clusters),
       offset_(clusters),
       moved_(clusters),
@@ -92,10 +110,10 @@ void Lloyd::load(const at::Tensor& x, int64_t image, const std::vector<int32_t>&
         row_[i] = rows::as_float(row, copy_ + i * D_, D_);
         const float square = rows::dot(row_[i], row_[i], D_);
         finite_[i] = std::isfinite(square);
-        if (!finite_[i]) row_[i] = zeros_;
-        const bool unit = metric_ == Metric::cosine && finite_[i] && square > 0;
+        const bool unit = metric_ == Metric::cosine && finite_[i] && square > tiny_;
+        if (!finite_[i] || (metric_ == Metric::cosine && !unit)) row_[i] = zeros_;
         factor_[i] = unit ? 1.f / std::sqrt(square) : 1.f;
-        square_[i] = unit ? 1.f : finite_[i] ? square : 0.f;
+        square_[i] = unit ? 1.f : row_[i] == zeros_ ? 0.f : square;
       }
     });
   });
@@ -109,10 +127,9 @@ void Lloyd::run(int64_t iterations) {
   for (int64_t round = 0; round < iterations; ++round) {
     update_sums();
     move_centroids();
-    former_ = labels_;
     assign_within_bounds();
     repair();
-    if (labels_ == former_) break;
+    if (labels_ == summed_) break;
   }
   count_members();
 }
@@ -125,12 +142,12 @@ float Lloyd::distance(int64_t i, int64_t k) {
 // Euclidean distance at most and at least, of a computed distance; for unit vectors
 // |f - c|^2 = 2 (1 - f.c), with an absolute error
 float Lloyd::upper(float distance) const {
-  if (metric_ == Metric::euclidean) return std::sqrt(distance) * (1 + 1e-5f);
+  if (metric_ == Metric::euclidean) return std::sqrt(distance + tiny_) * (1 + 1e-5f);
   return std::sqrt(std::max(0.f, 2 * distance) + EPSILON * (8 + D_ / 64));
 }
 
 float Lloyd::lower(float distance) const {
-  if (metric_ == Metric::euclidean) return std::sqrt(distance) * (1 - 1e-5f);
+  if (metric_ == Metric::euclidean) return std::sqrt(std::max(0.f, distance - tiny_)) * (1 - 1e-5f);
   return std::sqrt(std::max(0.f, 2 * distance - EPSILON * (8 + D_ / 64)));
 }
 
@@ -140,6 +157,7 @@ bool Lloyd::has_euclidean_form() const {
 }
 
 void Lloyd::assign_all() {
+  product_error_ = relative_product_error(D_);
   largest_square_ = *std::max_element(centroid_square_.begin(), centroid_square_.end());
   bounds_hold_ = has_euclidean_form();
   const at::Tensor centroids = at::from_blob(centroids_, {clusters_, D_}, at::kFloat);
@@ -184,9 +202,7 @@ void Lloyd::settle_from_products(int64_t i) {
       least, at::vec::vec_reduce_all<float>(
                  [](const Vec& a, const Vec& b) { return at::vec::minimum(a, b); }, least_lanes));
 
-  // bound of the error of |f|^2 + |c|^2 - 2 f.c: the sum of D products loses up to about sqrt(D)
-  // roundings when all have one sign
-  const float error = EPSILON * (8 + std::sqrt(float(D_))) * (square_[i] + largest_square_);
+  const float error = product_error_ * (square_[i] + largest_square_) + tiny_;
   int64_t candidates = 0, label = 0;
   for_each_below(s, least + error, clusters_, [&](int64_t k) {
     if (candidates++ == 0) label = k;
@@ -268,7 +284,7 @@ void Lloyd::settle_within_bounds(int64_t i) {
     const float cut = limit * limit * ROOM;
     const float square = rows::squared_distance(row_[i], factor_[i], centroid(k), D_, cut);
     if (square > cut) {
-      lower_bounds[k] = std::sqrt(square) * (1 - 1e-5f);
+      lower_bounds[k] = std::sqrt(std::max(0.f, square - tiny_)) * (1 - 1e-5f);
       return;
     }
     const float d = metric_ == Metric::euclidean ? square : distance(i, k);

@@ -63,6 +63,8 @@ class Lloyd {
 
   const int64_t tokens_, clusters_, D_;
   const Metric metric_;
+  // what the sum of D squares may lose where they fall below the normal range of float32
+  const float tiny_;
   double* const sums_;      // [clusters, D] of the finite members' features
   float* const centroids_;  // [clusters, D], unit vectors for cosine
   float* const bounds_;     // [tokens, clusters] lower bounds of Euclidean distances
@@ -72,18 +74,19 @@ class Lloyd {
   // the feature of token i is factor_[i] row_[i]
   std::vector<const float*> row_;
   std::vector<float> factor_;
-  std::vector<float> square_;    // squared norm of the feature
-  std::vector<uint8_t> finite_;  // tokens that are not have a zero feature here
-  std::vector<float> own_;       // computed distance to the own centroid, NaN if unknown
-  std::vector<float> upper_;     // upper bound of the Euclidean distance to it
-  std::vector<int32_t> labels_, former_, summed_;  // now, a round ago, and as sums_ has them
+  std::vector<float> square_;             // squared norm of the feature
+  std::vector<uint8_t> finite_;           // tokens that are not have a zero feature here
+  std::vector<float> own_;                // computed distance to the own centroid, NaN if unknown
+  std::vector<float> upper_;              // upper bound of the Euclidean distance to it
+  std::vector<int32_t> labels_, summed_;  // now, and as sums_ has them: a round ago
   std::vector<int32_t> sizes_, first_, members_;
 
-  std::vector<int32_t> finite_members_;          // of each cluster, as sums_ has them
+  std::vector<int32_t> finite_members_;  // of each cluster, as sums_ has them
+  std::vector<float> largest_;  // largest squared norm that came or left since the sum was made
   std::vector<float> centroid_square_, offset_;  // |c|^2; |c|^2 / 2, or 0 for cosine
   std::vector<float> moved_;                     // how far the centroid moved at most
   std::vector<uint8_t> changed_;                 // whether its sum changed
-  float largest_square_ = 0;
+  float largest_square_ = 0, product_error_ = 0;
   bool bounds_hold_ = false;  // false where a zero centroid makes cosine no Euclidean distance
 };
 

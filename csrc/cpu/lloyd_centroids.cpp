@@ -5,7 +5,7 @@
 namespace vmtc {
 namespace {
 
-// a sum from which a token was taken whose squared norm exceeds the rest by this factor has lost
+// a sum that saw a token come or leave whose squared norm exceeds its own by this factor has lost
 // digits, and is made anew
 constexpr float OUTLIER = 1e12;
 
@@ -23,9 +23,10 @@ void Lloyd::seed() {
 void Lloyd::note_centroid(int64_t k) {
   float* c = centroid(k);
   float square = rows::dot(c, c, D_);
-  if (metric_ == Metric::cosine && square > 0) {
-    rows::scale(c, 1.f / std::sqrt(square), c, D_);
-    square = 1;
+  if (metric_ == Metric::cosine) {
+    const bool unit = square > tiny_;
+    rows::scale(c, unit ? 1.f / std::sqrt(square) : 0.f, c, D_);
+    square = unit;
   }
   centroid_square_[k] = square;
   offset_[k] = metric_ == Metric::cosine ? 0 : square / 2;
@@ -67,6 +68,7 @@ void Lloyd::sum_members(int64_t k) {
   const int32_t* member = members(k);
   std::fill_n(sum(k), D_, 0.);
   finite_members_[k] = 0;
+  largest_[k] = 0;
   for (int32_t j = 0; j < sizes_[k]; ++j) finite_members_[k] += finite_[member[j]];
   rows::add_rows(
       sizes_[k], [&](int64_t j) { return row_[member[j]]; },
@@ -80,14 +82,13 @@ bool Lloyd::sum_changes(int64_t k, const std::vector<int32_t>& changes) {
       changes.size(), [&](int64_t j) { return row_[changes[j]]; },
       [&](int64_t j) { return left(changes[j]) ? -factor_[changes[j]] : factor_[changes[j]]; },
       sum(k), D_);
-  float largest = 0;
   for (int32_t i : changes) {
     finite_members_[k] += left(i) ? -finite_[i] : finite_[i];
-    if (left(i)) largest = std::max(largest, square_[i]);
+    largest_[k] = std::max(largest_[k], square_[i]);
   }
   double square = 0;
   for (int64_t d = 0; d < D_; ++d) square += sum(k)[d] * sum(k)[d];
-  return finite_members_[k] > 0 && largest <= OUTLIER * square;
+  return finite_members_[k] > 0 && largest_[k] <= OUTLIER * square;
 }
 
 // centroids of the clusters whose sums changed, and how far each moved
@@ -104,7 +105,8 @@ void Lloyd::move_centroids() {
         c[d] = sum(k)[d] / count;
       }
       note_centroid(k);
-      moved_[k] = std::sqrt(rows::squared_distance(former.data(), 1.f, c, D_)) * (1 + 1e-5f);
+      moved_[k] =
+          std::sqrt(rows::squared_distance(former.data(), 1.f, c, D_) + tiny_) * (1 + 1e-5f);
     }
   });
 }

@@ -37,11 +37,11 @@ void merge_cluster(const scalar_t* image, int64_t stride, const int32_t* member,
     const float s = score ? score[position[member[j]]] : 1.f;
     return s > 0 ? s : 0.f;
   };
-  float total = 0;
+  double total = 0;  // scores may add up beyond float32
   for (int64_t j = 0; j < count; ++j) total += positive(j);
   const bool uniform = !(total > 0);
   if (uniform) total = count;
-  const auto weight = [&](int64_t j) { return uniform ? 1.f / total : positive(j) / total; };
+  const auto weight = [&](int64_t j) { return float((uniform ? 1 : positive(j)) / total); };
   // weighted_sum reads four rows together, so four are in the buffer
   rows::weighted_sum(
       count,
@@ -56,7 +56,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_tokens(
     const at::Tensor& x_in, const at::Tensor& scores_in, int64_t num_primary, int64_t num_merged,
     int64_t iterations, c10::string_view metric_name, c10::string_view weighting,
     const std::optional<at::Tensor>& features_in, const std::optional<at::Tensor>& valid_in) {
-  check_cpu_rows(x_in, "x", 3);
+  check_tokens(x_in, "x");
   check_cpu_rows(scores_in, "scores", 2);
   TORCH_CHECK_VALUE(scores_in.sizes() == x_in.sizes().slice(0, 2), "scores must be [B, N] of x ",
                     x_in.sizes(), ", got ", scores_in.sizes());
@@ -69,7 +69,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_tokens(
   const at::Tensor valid = check_valid(valid_in, x_in);
   const at::Tensor x = unit_rows(x_in);
   const at::Tensor features = features_in.has_value() ? unit_rows(*features_in) : x;
-  check_cpu_rows(features, "features", 3);
+  check_tokens(features, "features");
   TORCH_CHECK_VALUE(features.sizes().slice(0, 2) == x.sizes().slice(0, 2),
                     "features must be [B, N, Df] like x ", x.sizes(), ", got ", features.sizes());
   const at::Tensor scores = scores_in.to(at::kFloat).contiguous();
@@ -80,6 +80,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_tokens(
   at::Tensor tokens = at::empty({B, slots, D}, x.options());
   at::Tensor owner = at::empty({B, N}, ints);
   at::Tensor sizes = at::empty({B, slots}, ints);
+
+  if (B == 0) return {tokens, owner, sizes};
 
   const int64_t most = valid.defined() ? N : std::max<int64_t>(N - P, 0);
   const at::Tensor workspace =

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 #include "common.h"
 
@@ -14,7 +15,7 @@ template <typename Choose>
 std::tuple<at::Tensor, at::Tensor> select_tokens(const at::Tensor& x_in, int64_t M,
                                                  const std::optional<at::Tensor>& valid_in,
                                                  const Choose& choose) {
-  check_cpu_rows(x_in, "x", 3);
+  check_tokens(x_in, "x");
   check_count(M, "num_tokens", 1);
   const at::Tensor valid = check_valid(valid_in, x_in);
   const at::Tensor x = unit_rows(x_in);

@@ -7,14 +7,15 @@ namespace {
 
 // x: [B, gh*gw, D] -> [B, ceil(gh/f)*ceil(gw/f), D]
 at::Tensor spatial_downsample(const at::Tensor& x_in, at::IntArrayRef grid, int64_t factor) {
-  check_cpu_rows(x_in, "x", 3);
+  check_tokens(x_in, "x");
   check_count(factor, "factor", 1);
-  TORCH_CHECK_VALUE(
-      grid.size() == 2 && grid[0] > 0 && grid[1] > 0 && grid[0] * grid[1] == x_in.size(1),
-      "grid must hold the ", x_in.size(1), " tokens of x, got ", grid);
+  // by division, as the product may not fit
+  TORCH_CHECK_VALUE(grid.size() == 2 && grid[0] > 0 && grid[1] > 0 && x_in.size(1) > 0 &&
+                        x_in.size(1) % grid[0] == 0 && x_in.size(1) / grid[0] == grid[1],
+                    "grid must hold the ", x_in.size(1), " tokens of x, got ", grid);
   const at::Tensor x = unit_rows(x_in);
   const int64_t B = x.size(0), D = x.size(2), gh = grid[0], gw = grid[1];
-  const int64_t rows_out = (gh + factor - 1) / factor, columns_out = (gw + factor - 1) / factor;
+  const int64_t rows_out = (gh - 1) / factor + 1, columns_out = (gw - 1) / factor + 1;
   at::Tensor out = at::empty({B, rows_out * columns_out, D}, x.options());
 
   VMTC_DISPATCH(x.scalar_type(), "spatial_downsample", [&] {
