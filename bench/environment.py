@@ -27,13 +27,18 @@ _TELLING = re.compile(r"^(OMP|OPENBLAS|MKL|KMP|GOMP|ATEN|ONEDNN|DNNL|TORCH|VMTC)
 
 
 def limit_threads(threads: int) -> None:
-    """Give every numerical library that is installed the same number of threads."""
+    """Give every numerical library that is installed the same number of threads.
+
+    One for each processor is what they take by themselves, and then nothing but torch is touched:
+    faiss was seen to become twice as slow for being told the number that it had.
+    """
     torch.set_num_threads(threads)
     for name in ("faiss", "sklearn.cluster"):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    # sees every OpenMP and BLAS loaded by now, faiss's own included
-    threadpoolctl.threadpool_limits(threads)
+    if threads != os.cpu_count():
+        # sees every OpenMP and BLAS loaded by now, faiss's own included
+        threadpoolctl.threadpool_limits(threads)
 
 
 # processors kept busy by others, from which on a measurement counts as disturbed
