@@ -16,6 +16,7 @@ from torch.nn.functional import one_hot
 
 import vmtc_kernels
 
+from . import alone
 from .runner import Provider, Verdict
 
 # a label may differ where the token is this much farther from the other centroid, relatively, ...
@@ -153,28 +154,16 @@ def _torch(problem: Problem, name: str, labels: Callable[[Tensor, int, int], Ten
 
 
 def _faiss(problem: Problem) -> Provider:
-    faiss, missing = _load("faiss", "faiss-cpu")
-    images, seeds = problem.x.numpy(), problem.seeds.numpy()
+    _, missing = _load("faiss", "faiss-cpu")
+    # a process starts with its first call
+    process = alone.process(problem.x.numpy(), problem.seeds.numpy(), problem.iterations)
 
-    def run() -> list[Any]:
-        return [fit(x, init) for x, init in zip(images, seeds, strict=True)]
-
-    def fit(x: Any, init: Any) -> Any:
-        model = faiss.Kmeans(
-            x.shape[1],
-            problem.clusters,
-            niter=problem.iterations,
-            min_points_per_centroid=1,
-            max_points_per_centroid=10**9,
-        )
-        model.train(x, init_centroids=init)
-        return model
+    def run() -> None:
+        process.submit(alone.train).result()
 
     # training ends with centroids: their labels are the gate's business and not timed
-    def verify(models: list[Any]) -> Verdict:
-        labels = [
-            torch.from_numpy(model.assign(x)[1]) for model, x in zip(models, images, strict=True)
-        ]
+    def verify(_: None) -> Verdict:
+        labels = [torch.from_numpy(image) for image in process.submit(alone.labels).result()]
         return problem.judge(torch.stack(labels), same_labels=False)
 
     return Provider("faiss", "rival", "clustering alone", run, verify, missing)
