@@ -11,10 +11,10 @@ namespace {
 // queries whose attention rows exist at one time
 constexpr int64_t BLOCK = 64;
 
-// logits [H, N] of one image: scale q_c k^T of every head
+// attention [H, N] of one image: softmax(scale q_c k^T) of every head
 template <typename scalar_t>
-void attention_logits(const at::Tensor& q, const at::Tensor& k, int64_t b, int64_t cls, float scale,
-                      float* logits) {
+void cls_attention(const at::Tensor& q, const at::Tensor& k, int64_t b, int64_t cls, float scale,
+                   float* attention) {
   const int64_t H = q.size(1), N = q.size(2), d = q.size(3);
   const scalar_t* keys = k.const_data_ptr<scalar_t>() + b * k.stride(0);
   std::vector<float> queries(H * d);
@@ -28,7 +28,7 @@ void attention_logits(const at::Tensor& q, const at::Tensor& k, int64_t b, int64
   const int64_t head_stride = k.stride(1), key_stride = k.stride(2);
   const float* query = queries.data();
   const auto logit = [=](int64_t h, int64_t i) {
-    logits[h * N + i] = rows::dot(query + h * d, keys + h * head_stride + i * key_stride, d);
+    attention[h * N + i] = rows::dot(query + h * d, keys + h * head_stride + i * key_stride, d);
   };
   // in the order in which the keys lie in memory
   if (head_stride < key_stride) {
@@ -36,10 +36,15 @@ void attention_logits(const at::Tensor& q, const at::Tensor& k, int64_t b, int64
       for (int64_t i = begin; i < end; ++i)
         for (int64_t h = 0; h < H; ++h) logit(h, i);
     });
+    at::parallel_for(0, H, grain(16 * N), [&](int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; ++h) rows::softmax(attention + h * N, N);
+    });
   } else {
     at::parallel_for(0, H, grain(N * d), [&](int64_t begin, int64_t end) {
-      for (int64_t h = begin; h < end; ++h)
+      for (int64_t h = begin; h < end; ++h) {
         for (int64_t i = 0; i < N; ++i) logit(h, i);
+        rows::softmax(attention + h * N, N);
+      }
     });
   }
 }
@@ -102,11 +107,8 @@ at::Tensor token_importance(const at::Tensor& q_in, const at::Tensor& k_in,
   if (cls_index) {
     VMTC_DISPATCH(q.scalar_type(), "token_importance", [&] {
       for_each_image(B, [&](int64_t b, int64_t) {
-        attention_logits<scalar_t>(q, k, b, *cls_index, scale, given + b * H * N);
+        cls_attention<scalar_t>(q, k, b, *cls_index, scale, given + b * H * N);
       });
-    });
-    at::parallel_for(0, B * H, grain(16 * N), [&](int64_t begin, int64_t end) {
-      for (int64_t head = begin; head < end; ++head) rows::softmax(given + head * N, N);
     });
   } else {
     VMTC_DISPATCH(q.scalar_type(), "token_importance", [&] {
