@@ -13,6 +13,12 @@ pytest.register_assert_rewrite("cases", "clusters", "contract")
 
 from cases import BACKENDS, device_of  # noqa: E402
 
+if "triton" in BACKENDS and device_of("triton") == "cpu":
+    import interpreter
+
+    interpreter.patch_language_once()
+    interpreter.sort_by_numpy()
+
 settings.register_profile(
     "vmtc",
     max_examples=25,

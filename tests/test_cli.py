@@ -123,7 +123,8 @@ def test_negative_counts_are_usage_errors(vmtc):
 
 def test_info_reports_versions_and_backends(vmtc, monkeypatch):
     monkeypatch.setattr(_registry, "_C", None)
-    monkeypatch.setitem(_registry._MISSING, "cpu", "the compiled module does not load: no such")
+    no_module = "the compiled module does not load: no such"
+    monkeypatch.setattr(_registry, "_missing", {"cpu": no_module}.get)
     code, stdout, _ = vmtc("info")
     text = words(stdout)
     assert code == 0 and f"vmtc_kernels {__version__}" in text
@@ -136,7 +137,7 @@ def test_info_reports_versions_and_backends(vmtc, monkeypatch):
 def test_info_reports_the_build(vmtc, monkeypatch):
     flags = {"compiler": "g++ 13.2", "simd": "AVX2"}
     monkeypatch.setattr(_registry, "_C", SimpleNamespace(build_info=lambda: flags))
-    monkeypatch.setitem(_registry._MISSING, "cpu", None)
+    monkeypatch.setattr(_registry, "_missing", lambda name: None)
     _, stdout, _ = vmtc("info")
     assert "compiler g++ 13.2 simd AVX2" in words(stdout) and "cpu runs here" in words(stdout)
 

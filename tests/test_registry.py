@@ -16,6 +16,7 @@ import vmtc_kernels
 from vmtc_kernels import (
     BackendError,
     Explanation,
+    _registry,
     available_backends,
     explain,
     kmeans,
@@ -26,6 +27,7 @@ from vmtc_kernels import (
     token_importance,
     use_backend,
 )
+from vmtc_kernels.kmeans import reference as kmeans_reference
 
 X, S, Q = torch.randn(2, 12, 4), torch.rand(2, 12), torch.randn(2, 3, 12, 4)
 CALLS: dict[Any, tuple[Any, ...]] = {
@@ -125,9 +127,94 @@ def test_a_forced_backend_that_is_missing_raises_the_reason(
     assert str(error.value) == expected
 
 
-@pytest.mark.parametrize("name", [n for n in ("triton", "cuda") if n in MISSING])
-def test_reasons_of_backends_to_come(name: str) -> None:
-    assert available_backends()[name] == f"this version has no {name} kernels"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_reasons_without_a_gpu() -> None:
+    pytest.importorskip("triton")
+    code = "import vmtc_kernels as v; print(v.available_backends())"
+    reasons = eval(python(code, TRITON_INTERPRET="").stdout)
+    assert reasons["triton"] == (
+        "torch finds no CUDA device (with TRITON_INTERPRET=1 it runs on CPU tensors)"
+    )
+    assert reasons["cuda"] == "the compiled module was built without CUDA (VMTC_BUILD=cpu)"
+    assert eval(python(code, TRITON_INTERPRET="1").stdout)["triton"] is None
+
+
+def test_old_or_missing_triton_is_named() -> None:
+    code = (
+        "import vmtc_kernels as v, importlib.util as u, importlib.machinery as m, sys, types\n"
+        "triton = sys.modules['triton'] = types.ModuleType('triton')\n"
+        "triton.__spec__, triton.__version__ = m.ModuleSpec('triton', None), '3.5.1'\n"
+        "print(v.available_backends()['triton'])"
+    )
+    assert python(code).stdout.strip() == "it needs triton 3.6 or newer, found 3.5.1"
+    absent = code.replace("print", "u.find_spec = lambda name: None; print")
+    assert python(absent).stdout.strip() == "triton is not installed"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry that believes in a GPU of compute capability 9.0 with both kernels."""
+    monkeypatch.setattr(_registry, "_missing", lambda name: None)
+    monkeypatch.setattr(_registry, "_capability_of", lambda *_: (9, 0))
+    monkeypatch.setattr(_registry, "_interpreted", True)
+    monkeypatch.setattr(_registry, "_emulated", True)
+    operator = _registry.OPERATORS["kmeans"]
+    kernels = {name: lambda *a, name=name: name for name in vmtc_kernels.available_backends()}
+    monkeypatch.setattr(operator, "implementations", kernels)
+    monkeypatch.setattr(operator, "broken", {})
+
+
+@pytest.mark.parametrize("first", ["cuda", "triton"])
+def test_an_operator_prefers_cuda_or_triton(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    operator = _registry.OPERATORS["kmeans"]
+    monkeypatch.setattr(operator, "prefer", lambda capability, *_: (first, f"of {capability}"))
+    found = explain(kmeans, X, 3)
+    assert found.backend == first
+    other = "triton" if first == "cuda" else "cuda"
+    assert found.reasons[other] == f"can run, but {first} comes first: of (9, 0)"
+
+
+def test_a_triton_kernel_that_does_not_compile_gives_way(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PTXASError(Exception):
+        __module__ = "triton.runtime.errors"
+
+    def fails(*args: Any) -> None:
+        raise PTXASError("ptxas fatal\nand more")
+
+    operator = _registry.OPERATORS["kmeans"]
+    monkeypatch.setitem(operator.implementations, "triton", fails)
+    monkeypatch.setitem(operator.implementations, "cuda", kmeans_reference)
+    monkeypatch.setattr(operator, "prefer", lambda *_: ("triton", "it is named first"))
+    assert kmeans(X, 3).sizes.sum() == 24
+    found = explain(kmeans, X, 3)
+    assert found.backend == "cuda"
+    assert found.reasons["triton"] == "its kernel does not compile: PTXASError: ptxas fatal"
+    with use_backend("triton"), pytest.raises(BackendError, match="does not compile: PTXASError"):
+        kmeans(X, 3)
+
+
+def test_an_error_that_is_not_of_compiling_is_raised(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    operator = _registry.OPERATORS["kmeans"]
+    monkeypatch.setitem(operator.implementations, "triton", fails)
+    monkeypatch.setattr(operator, "prefer", lambda *_: ("triton", ""))
+    with pytest.raises(ZeroDivisionError):
+        kmeans(X, 3)
+
+
+def test_old_gpus_are_refused(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_registry, "_capability_of", lambda *_: (7, 0))
+    reasons = explain(kmeans, X, 3).reasons
+    assert reasons["triton"] == ("the triton kernel needs compute capability 8.0, this GPU has 7.0")
+    assert "needs compute capability 7.5" in reasons["cuda"]
 
 
 def test_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:

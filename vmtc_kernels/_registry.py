@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
+import pkgutil
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,13 +19,16 @@ from typing import Any
 
 import torch
 
-# in the order in which the dispatcher tries them
+# in the order in which the dispatcher tries them; of cuda and triton an operator may prefer either
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+GPU = ("cuda", "triton")
+LEAST_CAPABILITY = {"cuda": (7, 5), "triton": (8, 0)}
 
 _library = torch.library.Library("vmtc", "DEF")
-# the compiled kernels attach to a namespace of their own: one dispatch key holds one kernel only,
+# the compiled kernels attach to namespaces of their own: one dispatch key holds one kernel only,
 # and float64 or a forced backend must be able to go past the compiled one
-_compiled_library = torch.library.Library("vmtc_cpu", "DEF")
+_cpu_library = torch.library.Library("vmtc_cpu", "DEF")
+_cuda_library = torch.library.Library("vmtc_cuda", "DEF")
 
 _C: ModuleType | None = None
 _C_error = ""
@@ -38,13 +43,51 @@ else:
         _C_error = str(error)
 
 
-# why a backend is not installed here at all, None if it is
-_MISSING: dict[str, str | None] = {
-    "cuda": "this version has no cuda kernels",
-    "triton": "this version has no triton kernels",
-    "cpu": f"the compiled module does not load: {_C_error}" if _C is None else None,
-    "reference": None,
-}
+# what _C was built with; in an emulated build the CUDA kernels run on CPU tensors, thread by thread
+_build = "none" if _C is None else _C.build_info()["build"]
+_emulated = _build == "emulated"
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+_triton_error = ""
+_triton_operators: set[str] = set()
+try:
+    _folder = importlib.import_module("vmtc_kernels.triton_kernels").__path__
+    _triton_operators = {module.name for module in pkgutil.iter_modules(_folder)}
+except ImportError as error:
+    # a checkout that is not installed: the folder has another place there
+    _triton_error = str(error)
+
+
+@functools.cache
+def _missing(backend: str) -> str | None:
+    """Why a backend is not installed here at all, None if it is.
+
+    Asked for at the first call: it looks for a GPU, which importing the package must not do.
+    """
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        return _triton_missing()
+    if _C is None:
+        return f"the compiled module does not load: {_C_error}"
+    if backend == "cpu" or _emulated:
+        return None
+    if _build != "cuda":
+        return f"the compiled module was built without CUDA (VMTC_BUILD={_build})"
+    return None if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def _triton_missing() -> str | None:
+    if _triton_error:
+        return f"its kernels are not installed: {_triton_error}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 6):
+        return f"it needs triton 3.6 or newer, found {version}"
+    if _interpreted or torch.cuda.is_available():
+        return None
+    return "torch finds no CUDA device (with TRITON_INTERPRET=1 it runs on CPU tensors)"
 
 
 @dataclass
@@ -54,6 +97,9 @@ class Operator:
     name: str
     check: Callable[..., None]
     implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    prefer: Callable[..., tuple[str, str]] | None = None
+    # backends that failed to compile for this operator, and how
+    broken: dict[str, str] = field(default_factory=dict)
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -90,23 +136,41 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    prefer: Callable[..., tuple[str, str]] | None = None,
 ) -> Any:
     """Register operator ``vmtc::name`` and return its overload.
 
     schema: arguments and results as torch schema text, without the name.
     check: raises on bad arguments; runs before any backend and before the fake.
+    prefer: (compute capability, *arguments) -> which of cuda and triton goes first, and why.
     """
-    op = OPERATORS[name] = Operator(name, check, {"reference": reference})
+    op = OPERATORS[name] = Operator(name, check, {"reference": reference}, prefer)
 
     _library.define(name + schema)
     if _C is not None:
-        _compiled_library.define(name + schema)
+        _cpu_library.define(name + schema)
         op.implementations["cpu"] = getattr(torch.ops.vmtc_cpu, name).default
+    if torch._C._dispatch_has_kernel(f"vmtc_cuda::{name}"):
+        _cuda_library.define(name + schema.replace(") ->", ", *, int stream=0) ->", 1))
+        op.implementations["cuda"] = functools.partial(
+            _on_current_stream, getattr(torch.ops.vmtc_cuda, name).default
+        )
+    if name in _triton_operators:
+        op.implementations["triton"] = functools.partial(_call_triton, name)
 
     @_without_autocast
     def run(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
-        return op.implementations[_choose(op, args, kwargs)](*args, **kwargs)
+        backend = _choose(op, args, kwargs)
+        try:
+            return op.implementations[backend](*args, **kwargs)
+        except Exception as error:
+            if backend != "triton" or not _failed_to_compile(error):
+                raise
+            op.broken["triton"] = f"its kernel does not compile: {_first_line(error)}"
+            # the next backend; raises where triton was forced
+            backend = _choose(op, args, kwargs)
+        return op.implementations[backend](*args, **kwargs)
 
     def checked_fake(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
@@ -119,6 +183,30 @@ def define(
             f"vmtc::{name}", _without_autocast(backward), setup_context=setup_context, lib=_library
         )
     return getattr(torch.ops.vmtc, name).default
+
+
+def _on_current_stream(overload: Any, *args: Any, **kwargs: Any) -> Any:
+    device = next(value for value in args if isinstance(value, torch.Tensor)).device
+    stream = 0 if _emulated else torch.cuda.current_stream(device).cuda_stream
+    return overload(*args, stream=stream, **kwargs)
+
+
+def _call_triton(name: str, *args: Any, **kwargs: Any) -> Any:
+    # imported when first called: importing triton takes a second
+    module = importlib.import_module(f"vmtc_kernels.triton_kernels.{name}")
+    return getattr(module, name)(*args, **kwargs)
+
+
+def _failed_to_compile(error: Exception) -> bool:
+    """Errors of triton's own; of its passes and of a missing C compiler it says RuntimeError."""
+    of_triton = type(error).__module__.partition(".")[0] == "triton"
+    interpreted = type(error).__name__ == "InterpreterError"
+    said = ("PassManager::run failed", "Failed to find C compiler")
+    return (of_triton and not interpreted) or any(text in str(error) for text in said)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +252,7 @@ class use_backend:
 
 def available_backends() -> dict[str, str | None]:
     """Every backend with None if it is installed here, else the sentence that says why not."""
-    return dict(_MISSING)
+    return {name: _missing(name) for name in BACKENDS}
 
 
 def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
@@ -181,11 +269,14 @@ def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
     operator.check(*args, **kwargs)
     chosen = _choose(operator, args, kwargs)
     forced = _forced_name()
+    order, why = _order(operator, args, kwargs)
     reasons = {}
-    for backend in BACKENDS:
+    for backend in order:
         if backend != chosen:
             refusal = _refusal(operator, backend, args, kwargs)
             passed_over = f"{forced} is forced" if forced else f"{chosen} comes first"
+            if not forced and backend in GPU and chosen in GPU and why:
+                passed_over += f": {why}"
             reasons[backend] = refusal or f"can run, but {passed_over}"
     return Explanation(name, chosen, reasons)
 
@@ -199,7 +290,20 @@ def _choose(op: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
                 f"{op.name}: backend {forced!r} was forced but cannot run: {refusal}"
             )
         return forced
-    return next(name for name in BACKENDS if not _refusal(op, name, args, kwargs))
+    order, _ = _order(op, args, kwargs)
+    return next(name for name in order if not _refusal(op, name, args, kwargs))
+
+
+def _order(op: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[str], str]:
+    """The backends in the order in which this call tries them, and why cuda or triton is first."""
+    capability = _capability_of(args, kwargs)
+    if capability is None:
+        # an interpreter or emulator is there to be asked for by name
+        return sorted(BACKENDS, key=lambda name: name in GPU and (_interpreted or _emulated)), ""
+    if op.prefer is None:
+        return list(BACKENDS), ""
+    first, why = op.prefer(capability, *args, **kwargs)
+    return sorted(BACKENDS, key=lambda name: name != first), why
 
 
 def _forced_name() -> str | None:
@@ -215,19 +319,41 @@ def _known(name: str, where: str) -> str:
     return name
 
 
+def _capability_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """Compute capability of the GPU that holds the tensors, None where they are elsewhere."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.device.type == "cuda":
+            return torch.cuda.get_device_capability(value.device)
+    return None
+
+
 def _refusal(
     op: Operator, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
     """Why a backend cannot run this call, or None."""
-    missing = _MISSING[backend]
+    missing = _missing(backend)
     if missing or backend == "reference":
         return missing
     if backend not in op.implementations:
         return f"{op.name} has no {backend} kernel"
+    if backend in op.broken:
+        return op.broken[backend]
+    on_cpu = {"cpu": True, "triton": _interpreted, "cuda": _emulated}[backend]
+    wanted = "cpu" if on_cpu else "cuda"
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
-            if value.device.type != "cpu":
-                return f"the cpu kernel takes CPU tensors, got one on {value.device}"
+            if value.device.type != wanted:
+                return (
+                    f"the {backend} kernel takes {wanted.upper()} tensors, got one on"
+                    f" {value.device}"
+                )
             if value.dtype == torch.float64:
-                return "the cpu kernel takes float32, float16 and bfloat16, got float64"
+                return f"the {backend} kernel takes float32, float16 and bfloat16, got float64"
+    capability = _capability_of(args, kwargs)
+    least = LEAST_CAPABILITY.get(backend)
+    if capability and least and capability < least:
+        return (
+            f"the {backend} kernel needs compute capability {least[0]}.{least[1]},"
+            f" this GPU has {capability[0]}.{capability[1]}"
+        )
     return None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _registry
+from . import _checks, _dispatch, _registry
 
 METRICS = ("cosine", "euclidean")
 
@@ -174,6 +174,17 @@ def _check(
     _checks.valid_mask("kmeans", valid, x)
 
 
+def _prefer(
+    capability: tuple[int, int],
+    x: Tensor,
+    num_clusters: int,
+    iterations: int = 10,
+    metric: str = "cosine",
+    valid: Tensor | None = None,
+) -> tuple[str, str]:
+    return _dispatch.clustering(capability, x.shape[1], num_clusters)
+
+
 def _fake(
     x: Tensor,
     num_clusters: int,
@@ -222,4 +233,5 @@ _op = _registry.define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    prefer=_prefer,
 )

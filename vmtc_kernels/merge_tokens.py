@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _registry
+from . import _checks, _dispatch, _registry
 from .kmeans import METRICS, cluster
 
 WEIGHTINGS = ("score", "uniform")
@@ -165,6 +165,22 @@ def _check(
     _checks.valid_mask(op, valid, x)
 
 
+def _prefer(
+    capability: tuple[int, int],
+    x: Tensor,
+    scores: Tensor,
+    num_primary: int,
+    num_merged: int,
+    iterations: int = 10,
+    metric: str = "cosine",
+    weighting: str = "score",
+    features: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[str, str]:
+    most = x.shape[1] if valid is not None else x.shape[1] - num_primary
+    return _dispatch.clustering(capability, most, num_merged)
+
+
 def _fake(
     x: Tensor,
     scores: Tensor,
@@ -229,4 +245,5 @@ _op = _registry.define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    prefer=_prefer,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _registry
+from . import _checks, _dispatch, _registry
 
 # queries a block when attention is recomputed for the gradient: N x 128 numbers a head at a time
 _BLOCK = 128
@@ -76,6 +76,16 @@ def _check(q: Tensor, k: Tensor, cls_index: int | None = 0, scale: float | None 
             )
 
 
+def _prefer(
+    capability: tuple[int, int],
+    q: Tensor,
+    k: Tensor,
+    cls_index: int | None = 0,
+    scale: float | None = None,
+) -> tuple[str, str]:
+    return _dispatch.importance(capability)
+
+
 def _fake(q: Tensor, k: Tensor, cls_index: int | None = 0, scale: float | None = None) -> Tensor:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape[0], q.shape[2], dtype=dtype)
@@ -116,4 +126,5 @@ _op = _registry.define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    prefer=_prefer,
 )
