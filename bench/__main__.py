@@ -5,55 +5,123 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
-from . import bench_merge_tokens, bench_token_importance, environment, report, runner
+from . import (
+    bench_merge_tokens,
+    bench_token_importance,
+    environment,
+    gpu_kmeans,
+    gpu_merge_tokens,
+    gpu_sweep,
+    gpu_timing,
+    gpu_token_importance,
+    report,
+    runner,
+)
 
 # each has SETUPS, and case(setup), which makes the data and the expected result
-SUITES = {"merge_tokens": bench_merge_tokens, "token_importance": bench_token_importance}
+SUITES: dict[str, dict[str, ModuleType]] = {
+    "cpu": {"merge_tokens": bench_merge_tokens, "token_importance": bench_token_importance},
+    "cuda": {
+        "merge_tokens": gpu_merge_tokens,
+        "token_importance": gpu_token_importance,
+        "kmeans": gpu_kmeans,
+        "sweep": gpu_sweep,
+    },
+}
+# repetitions, and seconds at most for each provider
+EFFORT = {("cpu", False): (41, 20.0), ("cpu", True): (7, 2.0)}
+EFFORT |= {("cuda", False): (41, 2.0), ("cuda", True): (15, 0.2)}
 
 
 def main(
-    suites: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(SUITES)}")] = None,
+    suites: Annotated[list[str] | None, typer.Argument(help="all if none is named")] = None,
     only: Annotated[str, typer.Option(help="of the set-ups, those with this text: D=1024")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="few repetitions")] = False,
     threads: Annotated[int, typer.Option(min=1, help="for every provider")] = 2,
     keep: Annotated[bool, typer.Option("--json", help="write JSON into bench/results")] = False,
     out: Annotated[Path | None, typer.Option(help="write JSON into this file")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda, the current GPU")] = "cpu",
 ) -> None:
     """Time the operators against their rivals on this machine."""
-    unknown = set(suites or []) - set(SUITES)
+    if device not in SUITES:
+        raise typer.BadParameter(f"devices are {', '.join(SUITES)}, got {device}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no CUDA device")
+    available = SUITES[device]
+    unknown = set(suites or []) - set(available)
     if unknown:
-        raise typer.BadParameter(f"suites are {', '.join(SUITES)}, got {', '.join(unknown)}")
-    repetitions, seconds = (7, 2.0) if quick else (41, 20.0)
+        raise typer.BadParameter(f"suites are {', '.join(available)}, got {', '.join(unknown)}")
+    repetitions, seconds = EFFORT[device, quick]
     console = Console()
     if not console.is_terminal:
         # a file has no width of its own
         console.width = 140
 
-    environment.limit_threads(threads)
-    described = environment.describe(threads)
+    meter = _meter(device, threads)
+    described = environment.describe(threads, device)
     console.print(report.headline(described), "\n", highlight=False)
-    results = []
-    for name in suites or SUITES:
-        for setup in SUITES[name].SETUPS:
+    ceilings = described["ceilings"] = gpu_timing.ceilings() if device == "cuda" else None
+    path = out or (environment.result_path(described) if keep else None)
+    results: list[dict[str, Any]] = []
+    for name in suites or available:
+        for setup in available[name].SETUPS:
             if only not in str(setup):
                 continue
             with console.status(f"{name} {setup}"):
-                case = SUITES[name].case(setup)
-                result = runner.run_case(case, repetitions=repetitions, seconds=seconds)
-            report.show(console, result)
-            results.append(result)
-
-    path = out or (environment.result_path(described) if keep else None)
+                case = _case(available[name], setup, device)
+                if isinstance(case, str):
+                    console.print(f"{name} {setup}: {case}", markup=False, style="red")
+                    record = {"suite": name, "params": asdict(setup), "error": case}
+                else:
+                    result = runner.run_case(
+                        case, repetitions=repetitions, seconds=seconds, meter=meter
+                    )
+                    report.show(console, result, ceilings)
+                    record = asdict(result)
+            results.append(record)
+            if device == "cuda":
+                record["gpu_state"] = environment.gpu_state()
+                # the graphs of this case hold memory that the next one may need
+                del case
+                torch.cuda.empty_cache()
+            if path:
+                # after each case: what a run that is cut short has measured is kept
+                path.parent.mkdir(parents=True, exist_ok=True)
+                whole = {"environment": described, "results": results}
+                path.write_text(json.dumps(whole, indent=1) + "\n")
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record = {"environment": described, "results": [asdict(result) for result in results]}
-        path.write_text(json.dumps(record, indent=1) + "\n")
         console.print(f"wrote {path}", highlight=False)
+    failed = [row for record in results for row in record.get("rows", []) if _is_wrong(row)]
+    if failed or any("error" in record for record in results):
+        raise typer.Exit(1)
+
+
+def _case(suite: ModuleType, setup: Any, device: str) -> runner.Case | str:
+    """The case, or on a GPU, where one set-up may not fit, why there is none."""
+    try:
+        return suite.case(setup)
+    except Exception as error:
+        if device == "cpu":
+            raise
+        return runner.short(error)
+
+
+def _is_wrong(row: dict[str, Any]) -> bool:
+    return row["kind"] == "ours" and row["status"] == "failed"
+
+
+def _meter(device: str, threads: int) -> runner.Meter:
+    if device == "cpu":
+        environment.limit_threads(threads)
+        return runner.CPU
+    return gpu_timing.GpuMeter()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ OBJECTIVE = 1e-3
 
 @dataclass(frozen=True)
 class Problem:
-    """Euclidean k-means of x [B, R, D], and what the reference answers.
+    """K-means of x [B, R, D], and what the reference answers.
 
     former: centroids [B, K, D] that the last assignment compared the tokens with.
     """
@@ -38,30 +38,40 @@ class Problem:
     iterations: int
     labels: Tensor
     former: Tensor
+    metric: str = "euclidean"
 
     @classmethod
-    def of(cls, x: Tensor, clusters: int, iterations: int) -> Problem:
+    def of(cls, x: Tensor, clusters: int, iterations: int, metric: str = "euclidean") -> Problem:
         """iterations is at least 1."""
         with vmtc_kernels.use_backend("reference"):
             last, final = (
-                vmtc_kernels.kmeans(x, clusters, iterations=rounds, metric="euclidean")
+                vmtc_kernels.kmeans(x, clusters, iterations=rounds, metric=metric)
                 for rounds in (iterations - 1, iterations)
             )
-        return cls(x, clusters, iterations, final.labels.long(), last.centroids)
+        return cls(x, clusters, iterations, final.labels.long(), last.centroids, metric)
 
     @property
     def seeds(self) -> Tensor:
         """[B, K, D]"""
-        tokens = self.x.shape[1]
-        ranks = (2 * torch.arange(self.clusters) + 1) * tokens // (2 * self.clusters)
-        return self.x[:, ranks]
+        return self.x[:, seed_ranks(self.x, self.clusters)]
 
     def objective(self, labels: Tensor) -> Tensor:
-        """[B]: the sum of squared distances to the cluster means."""
+        """[B]: the sum of the distances to the cluster means."""
         member = one_hot(labels, self.clusters).double()
+        f = self._features()
+        means = member.mT @ f / member.sum(1)[..., None].clamp(min=1)
+        return self._distances(f, means, labels).sum(1)
+
+    def _features(self) -> Tensor:
         x = self.x.double()
-        means = member.mT @ x / member.sum(1)[..., None].clamp(min=1)
-        return (x - _rows(means, labels)).square().sum((1, 2))
+        return torch.nn.functional.normalize(x, dim=-1) if self.metric == "cosine" else x
+
+    def _distances(self, f: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
+        """[B, R]: of each token from the centroid of its label."""
+        rows = _rows(centroids, labels)
+        if self.metric == "cosine":
+            return 1 - torch.nn.functional.cosine_similarity(f, rows, dim=-1)
+        return (f - rows).square().sum(-1)
 
     def judge(self, labels: Tensor, *, same_labels: bool) -> Verdict:
         """same_labels: the provider breaks no tie and fills no cluster in its own way."""
@@ -82,11 +92,17 @@ class Problem:
 
     def _tie(self, labels: Tensor) -> float:
         """How much farther, relatively, the farthest misplaced token is from its centroid."""
+        f = self._features()
         got, expected = (
-            (self.x - _rows(self.former, chosen)).square().sum(-1)
-            for chosen in (labels, self.labels)
+            self._distances(f, self.former.double(), chosen) for chosen in (labels, self.labels)
         )
         return float((got / expected - 1).where(labels != self.labels, 0).max())
+
+
+def seed_ranks(x: Tensor, clusters: int) -> Tensor:
+    """[K]: the ranks of the tokens of x [B, R, D] that the clusters start from."""
+    steps = torch.arange(clusters, device=x.device)
+    return (2 * steps + 1) * x.shape[1] // (2 * clusters)
 
 
 def _rows(table: Tensor, labels: Tensor) -> Tensor:
@@ -109,8 +125,7 @@ def torch_gram(x: Tensor, seeds: int, iterations: int) -> Tensor:
     x_i . sum(cluster k), and the squared distance is G_ii - 2 S_ik / n_k + T_k / n_k^2 with
     T_k = sum of S_ik over the members; G_ii does not change which k is nearest."""
     gram = torch.bmm(x, x.mT)
-    tokens = x.shape[1]
-    ranks = (2 * torch.arange(seeds) + 1) * tokens // (2 * seeds)
+    ranks = seed_ranks(x, seeds)
     norms = gram.diagonal(dim1=1, dim2=2)
     labels = (norms[:, ranks][:, None] - 2 * gram[:, :, ranks]).argmin(-1)
     for _ in range(iterations):
@@ -126,8 +141,7 @@ def torch_gram(x: Tensor, seeds: int, iterations: int) -> Tensor:
 
 def torch_direct(x: Tensor, seeds: int, iterations: int) -> Tensor:
     """Labels by Lloyd's algorithm as one writes it down: a GEMM to assign, a GEMM to average."""
-    tokens = x.shape[1]
-    centroids = x[:, (2 * torch.arange(seeds) + 1) * tokens // (2 * seeds)]
+    centroids = x[:, seed_ranks(x, seeds)]
     labels = _nearest(x, centroids)
     for _ in range(iterations):
         member = one_hot(labels, seeds).float()
@@ -154,7 +168,7 @@ def _torch(problem: Problem, name: str, labels: Callable[[Tensor, int, int], Ten
 
 
 def _faiss(problem: Problem) -> Provider:
-    _, missing = _load("faiss", "faiss-cpu")
+    _, missing = load("faiss", "faiss-cpu")
     # a process starts with its first call
     process = alone.process(problem.x.numpy(), problem.seeds.numpy(), problem.iterations)
 
@@ -170,7 +184,7 @@ def _faiss(problem: Problem) -> Provider:
 
 
 def _sklearn(problem: Problem) -> Provider:
-    cluster, missing = _load("sklearn.cluster", "scikit-learn")
+    cluster, missing = load("sklearn.cluster", "scikit-learn")
     images, seeds = problem.x.numpy(), problem.seeds.numpy()
 
     def run() -> list[Any]:
@@ -189,7 +203,7 @@ def _sklearn(problem: Problem) -> Provider:
 
 
 def _fast_pytorch_kmeans(problem: Problem) -> Provider:
-    module, missing = _load("fast_pytorch_kmeans", "fast-pytorch-kmeans")
+    module, missing = load("fast_pytorch_kmeans", "fast-pytorch-kmeans")
 
     def run() -> Any:
         model = module.MultiKMeans(problem.clusters, max_iter=problem.iterations, tol=-1)
@@ -203,7 +217,7 @@ def _fast_pytorch_kmeans(problem: Problem) -> Provider:
     return Provider("fast-pytorch-kmeans", "rival", "clustering alone", run, verify, missing)
 
 
-def _load(module: str, package: str) -> tuple[Any, str | None]:
+def load(module: str, package: str) -> tuple[Any, str | None]:
     """The module, or None and why it is missing."""
     try:
         return importlib.import_module(module), None

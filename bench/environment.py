@@ -23,8 +23,13 @@ import vmtc_kernels
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "numpy", "scipy", "faiss-cpu", "scikit-learn", "fast-pytorch-kmeans")
+GPU_PACKAGES = ("torch", "triton", "numpy", "flash-kmeans", "flash-colsum")
 # settings that change the speed of a numerical library
-_TELLING = re.compile(r"^(OMP|OPENBLAS|MKL|KMP|GOMP|ATEN|ONEDNN|DNNL|TORCH|VMTC)_")
+_TELLING = re.compile(
+    r"^(OMP|OPENBLAS|MKL|KMP|GOMP|ATEN|ONEDNN|DNNL|TORCH|VMTC|CUDA|CUBLAS|PYTORCH|TRITON|NVIDIA)_"
+)
+# what nvidia-smi tells of a GPU that may change while it works
+_STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_event_reasons.active")
 
 
 def limit_threads(threads: int) -> None:
@@ -78,14 +83,15 @@ class Others:
         return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
-def describe(threads: int) -> dict[str, Any]:
+def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
     revision = _git("rev-parse", "--short=12", "HEAD")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
-        "commit": revision or "unknown",
+        "commit": revision or os.environ.get("COMMIT") or "unknown",
         "dirty": bool(_git("status", "--porcelain")) if revision else None,
-        "device": "cpu",
+        "device": device,
+        **({"gpu": gpu()} if device == "cuda" else {}),
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
@@ -95,11 +101,36 @@ def describe(threads: int) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "vmtc_kernels": vmtc_kernels.__version__,
-            **{name: _version(name) for name in PACKAGES},
+            **{name: _version(name) for name in (GPU_PACKAGES if device == "cuda" else PACKAGES)},
         },
         "backends": vmtc_kernels.available_backends(),
         "variables": {k: v for k, v in sorted(os.environ.items()) if _TELLING.match(k)},
     }
+
+
+def gpu() -> dict[str, Any]:
+    """The current GPU, and what its programs are made with."""
+    index = torch.cuda.current_device()
+    properties = torch.cuda.get_device_properties(index)
+    nvcc = re.search(r"release (\S+),", _answer("nvcc", "--version"))
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cuda_of_torch": torch.version.cuda,
+        "nvcc": nvcc[1] if nvcc else None,
+        "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "state": gpu_state(),
+    }
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks, temperature, power and what holds the clocks back; empty without nvidia-smi."""
+    query = f"--query-gpu={','.join(_STATE)}"
+    answer = _answer("nvidia-smi", query, "--format=csv,noheader").splitlines()[:1]
+    return dict(zip(_STATE, answer[0].split(", "), strict=True)) if answer else {}
 
 
 def cpu_model() -> str:
@@ -110,7 +141,8 @@ def cpu_model() -> str:
 
 def result_path(environment: dict[str, Any]) -> Path:
     """bench/results/<device>-<commit>[-dirty].json"""
-    device = re.sub(r"[^a-z0-9]+", "-", environment["cpu"].lower()).strip("-")
+    named = environment["gpu"]["name"] if "gpu" in environment else environment["cpu"]
+    device = re.sub(r"[^a-z0-9]+", "-", named.lower()).strip("-")
     dirty = "-dirty" if environment["dirty"] else ""
     return ROOT / "bench" / "results" / f"{device}-{environment['commit']}{dirty}.json"
 
@@ -132,8 +164,13 @@ def _version(package: str) -> str | None:
 
 def _git(*arguments: str) -> str:
     """The answer of git, empty where there is no repository or no git."""
+    return _answer("git", *arguments)
+
+
+def _answer(*command: str) -> str:
+    """What a program prints, empty where there is no such program or it fails."""
     try:
-        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:
         return ""
     return run.stdout.strip() if run.returncode == 0 else ""

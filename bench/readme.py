@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .environment import QUIET, ROOT
-from .report import milliseconds
+from .report import headline, milliseconds
 
 BEGIN, END = "<!-- bench:begin -->\n", "<!-- bench:end -->\n"
 
@@ -23,13 +23,14 @@ def main(path: Path) -> None:
 def section(path: Path) -> str:
     """Markdown of a run: what was measured where, and a table for each suite."""
     record = json.loads(path.read_text())
-    environment, results = record["environment"], record["results"]
+    environment = record["environment"]
+    # on a GPU a set-up may have failed as a whole
+    results = [result for result in record["results"] if "rows" in result]
     disturbed = [r["params"] for r in results if (r["others_busy"] or 0) > QUIET]
     if disturbed or environment["dirty"]:
         sys.exit(f"{path} is not for the README: dirty tree {environment['dirty']}, {disturbed=}")
     lines = [
-        f"{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads,"
-        f" torch {environment['versions']['torch']}, commit {environment['commit']}:"
+        f"{headline(environment)}:"
         f" [{path.name}]({path.resolve().relative_to(ROOT)}). Milliseconds an image, median"
         " [20th, 80th percentile]; every result was checked against the reference before it was"
         " timed. The rivals only cluster tokens already gathered; ours selects, clusters and"

@@ -12,7 +12,8 @@ from .runner import Result, Row
 _STYLE = {"ok": "", "failed": "red", "missing": "dim"}
 
 
-def show(console: Console, result: Result) -> None:
+def show(console: Console, result: Result, ceilings: dict[str, float] | None = None) -> None:
+    """ceilings: what the device was seen to reach, where that was measured."""
     title = " ".join(f"{key}={value}" for key, value in result.params.items())
     table = Table(title=f"[bold]{result.suite}[/]  {title}", title_justify="left")
     table.add_column("provider", no_wrap=True)
@@ -24,12 +25,12 @@ def show(console: Console, result: Result) -> None:
     for row in result.rows:
         table.add_row(*_cells(row, ours), style=_STYLE[row.status])
     console.print(table)
-    for line in conclusions(result):
+    for line in conclusions(result, ceilings):
         console.print(line, highlight=False)
     console.print()
 
 
-def conclusions(result: Result) -> list[str]:
+def conclusions(result: Result, ceilings: dict[str, float] | None = None) -> list[str]:
     lines = [", ".join(_target(target) for target in result.targets)]
     if result.workspace:
         lines.append(
@@ -38,14 +39,37 @@ def conclusions(result: Result) -> list[str]:
         )
     gigabytes, gigaflops = (result.cost[unit] / 1e9 / result.images for unit in ("bytes", "flops"))
     lines.append(f"the work of an image: {1e3 * gigabytes:.2f} MB, {gigaflops:.3f} GFLOP unpruned")
+    if ceilings:
+        lines.append(_floor(result, ceilings))
     if result.others_busy is not None:
         text = f"other processes kept {result.others_busy:.2f} processors busy meanwhile"
         lines.append(f"[yellow]{text}: too much to judge[/]" if result.disturbed else text)
     return lines
 
 
+def floor_ms(cost: dict[str, int], images: int, ceilings: dict[str, float]) -> tuple[float, float]:
+    """Milliseconds an image, for its bytes and for its products, at what the device reaches."""
+    return (
+        1e3 * cost["bytes"] / ceilings["copy_bytes_per_s"] / images,
+        1e3 * cost["flops"] / ceilings["bfloat16_flops_per_s"] / images,
+    )
+
+
+def _floor(result: Result, ceilings: dict[str, float]) -> str:
+    moved, computed = floor_ms(result.cost, result.images, ceilings)
+    text = f"no faster than {moved:.2g} ms an image by its bytes, {computed:.2g} by its products"
+    times = [row.ms["median"] for row in result.rows if row.kind == "ours" and row.ms]
+    return f"{text}; ours takes {times[0] / max(moved, computed):.1f}x that" if times else text
+
+
 def headline(environment: dict[str, Any]) -> str:
     commit = environment["commit"] + (", uncommitted changes" if environment["dirty"] else "")
+    if "gpu" in environment:
+        gpu, versions = environment["gpu"], environment["versions"]
+        return (
+            f"{gpu['name']} (driver {gpu['driver']}), CUDA {gpu['cuda_of_torch']},"
+            f" torch {versions['torch']}, triton {versions['triton']}, commit {commit}"
+        )
     return (
         f"{environment['cpu']} ({environment['cpu_capability']}), {environment['threads']} threads,"
         f" torch {environment['versions']['torch']}, commit {commit}"
@@ -58,7 +82,10 @@ def _cells(row: Row, ours: float | None) -> list[str]:
     ratio = f"{row.ms['median'] / ours:.2f}x" if ours else ""
     low, high = (milliseconds(row.ms[key]) for key in ("p20", "p80"))
     spread = rf"\[{low}, {high}]"
-    return [row.name, row.scope, milliseconds(row.ms["median"]), spread, ratio, row.detail]
+    detail = row.detail
+    if row.host_ms is not None:
+        detail += f"; {row.host_ms:.3f} ms of the host to launch a call"
+    return [row.name, row.scope, milliseconds(row.ms["median"]), spread, ratio, detail]
 
 
 def milliseconds(value: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from . import environment, memory, timing
 
@@ -28,6 +28,8 @@ class Provider:
     scope: what it does, where that is not the whole operation.
     verify: judges the result of ``run``.
     missing: why it cannot run here; then ``run`` is never called.
+    others: the same as ``run`` on other inputs of the same sizes, for a GPU.
+    launch: how a GPU gets it, captured in a graph or call by call.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Provider:
     run: Callable[[], Any]
     verify: Callable[[Any], Verdict]
     missing: str | None = None
+    others: tuple[Callable[[], Any], ...] = ()
+    launch: Literal["graph", "eager"] = "graph"
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,40 @@ class Case:
     memory_unit: tuple[str, int] | None = None
 
 
+class Meter(Protocol):
+    """How providers are measured on a device."""
+
+    notices_company: bool
+    clock: timing.Clock
+
+    def prepare(self, provider: Provider) -> tuple[Callable[[], Any], int]:
+        """What is to be timed, and how many calls of the provider it makes."""
+        ...
+
+    def host_seconds(self, provider: Provider) -> float | None:
+        """What the host takes to launch a call, where that is another time than the call's."""
+        ...
+
+    def peak_workspace(self, call: Callable[[], Any]) -> int: ...
+
+
+class CpuMeter:
+    notices_company = True
+    clock = timing.WALL
+
+    def prepare(self, provider: Provider) -> tuple[Callable[[], Any], int]:
+        return provider.run, 1
+
+    def host_seconds(self, provider: Provider) -> float | None:
+        return None
+
+    def peak_workspace(self, call: Callable[[], Any]) -> int:
+        return memory.peak_workspace(call)
+
+
+CPU = CpuMeter()
+
+
 @dataclass
 class Row:
     """A provider's line; times are milliseconds for one image."""
@@ -83,6 +121,8 @@ class Row:
     ms: dict[str, float] | None = None
     calls_per_sample: int = 0
     samples_ms: list[float] = field(default_factory=list)
+    # milliseconds that the host takes to launch a call, all images together
+    host_ms: float | None = None
 
 
 @dataclass
@@ -102,19 +142,32 @@ class Result:
         return _disturbed(self.others_busy)
 
 
-def run_case(case: Case, *, repetitions: int, seconds: float) -> Result:
+def run_case(case: Case, *, repetitions: int, seconds: float, meter: Meter = CPU) -> Result:
     rows = [_gate(provider) for provider in case.providers]
-    timed = {
-        p.name: p.run
-        for p, row in zip(case.providers, rows, strict=True)
-        if row.ms is None and row.status == "ok"
-    }
-    others = environment.Others()
-    timings = timing.interleaved(timed, repetitions=repetitions, seconds=seconds) if timed else {}
-    busy = others.busy()
+    prepared = {}
+    for provider, row in zip(case.providers, rows, strict=True):
+        if row.status == "ok":
+            try:
+                prepared[provider.name] = meter.prepare(provider)
+                host = meter.host_seconds(provider)
+                row.host_ms = host * 1e3 if host is not None else None
+            except Exception as error:  # what cannot be captured is shown and not timed
+                row.status, row.detail = "failed", f"to time it: {short(error)}"
+                prepared.pop(provider.name, None)
+    others = environment.Others() if meter.notices_company else None
+    timings = {}
+    if prepared:
+        timings = timing.interleaved(
+            {name: call for name, (call, _) in prepared.items()},
+            repetitions=repetitions,
+            seconds=seconds,
+            clock=meter.clock,
+        )
+    busy = others.busy() if others else None
     for row in rows:
         if row.name in timings:
-            _fill(row, timings[row.name], 1e3 / case.images)
+            calls = prepared[row.name][1]
+            _fill(row, timings[row.name], 1e3 / case.images / calls, calls)
     return Result(
         case.suite,
         case.params,
@@ -122,7 +175,7 @@ def run_case(case: Case, *, repetitions: int, seconds: float) -> Result:
         asdict(case.cost),
         rows,
         [_compare(target, rows, _disturbed(busy)) for target in case.targets],
-        _workspace(case, rows),
+        _workspace(case, rows, meter),
         busy,
     )
 
@@ -137,18 +190,24 @@ def _gate(provider: Provider) -> Row:
         try:
             verdict = provider.verify(provider.run())
         except Exception as error:  # a rival may raise anything; the table says what
-            verdict = Verdict(False, f"{type(error).__name__}: {error}")
+            verdict = Verdict(False, short(error))
         row.status, row.detail = "ok" if verdict.ok else "failed", verdict.detail
     return row
 
 
-def _fill(row: Row, timed: timing.Timing, scale: float) -> None:
+def short(error: Exception) -> str:
+    """Its type and the beginning of its text: that of a compiler may fill pages."""
+    text = f"{type(error).__name__}: {error}"
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _fill(row: Row, timed: timing.Timing, scale: float, calls: int) -> None:
     row.ms = {
         "median": timed.median * scale,
         "p20": timed.percentile(20) * scale,
         "p80": timed.percentile(80) * scale,
     }
-    row.calls_per_sample = timed.calls
+    row.calls_per_sample = timed.calls * calls
     row.samples_ms = [sample * scale for sample in timed.samples]
 
 
@@ -170,7 +229,7 @@ def _compare(target: Target, rows: list[Row], disturbed: bool) -> dict[str, Any]
     return record
 
 
-def _workspace(case: Case, rows: list[Row]) -> dict[str, Any] | None:
+def _workspace(case: Case, rows: list[Row], meter: Meter) -> dict[str, Any] | None:
     ours = [
         provider
         for provider, row in zip(case.providers, rows, strict=True)
@@ -179,5 +238,5 @@ def _workspace(case: Case, rows: list[Row]) -> dict[str, Any] | None:
     if not ours or case.memory_unit is None:
         return None
     unit, size = case.memory_unit
-    peak = memory.peak_workspace(ours[0].run)
+    peak = meter.peak_workspace(ours[0].run)
     return {"bytes": peak, "unit": unit, "ratio": peak / size}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import vmtc_kernels
+from vmtc_kernels import _registry
 
 # what runs here; test_registry.py fails where the compiled module should be among them and is not
 BACKENDS = [name for name, missing in vmtc_kernels.available_backends().items() if not missing]
@@ -31,9 +32,10 @@ TOLERANCES = {
 
 
 def device_of(backend: str) -> str:
-    """Where a backend runs: the Triton interpreter works on CPU tensors."""
+    """Where a backend runs: Triton's interpreter and emulated CUDA work on CPU tensors."""
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return "cpu" if backend in ("reference", "cpu") or interpreted else "cuda"
+    emulated = backend == "cuda" and _registry._emulated
+    return "cpu" if backend in ("reference", "cpu") or interpreted or emulated else "cuda"
 
 
 def place(value: Tensor) -> Tensor:

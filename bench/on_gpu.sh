@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# bench/on_gpu.sh FOLDER: build, test, sanitize and time everything on this machine's GPU.
+#
+# Needs one NVIDIA GPU, a CUDA build of torch, Triton, nvcc and pytest; no network. Takes less than
+# nine minutes: every phase has its share, and a later one runs also where an earlier one failed.
+# Leaves at most eight files in FOLDER, of which SUMMARY.md is to be read first. The exit status is
+# the number of phases that failed.
+#   PYTHON  the Python that has torch (python3)
+#   WHEELS  a folder of wheels to install for this run alone; .whl/ here, if it is there
+#   COMMIT  what the record says where there is no git repository
+#   SECONDS_IN_ALL  the time for everything (520)
+set -uo pipefail
+[ $# -eq 1 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 64; }
+mkdir -p "$1"
+folder=$(cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+budget=${SECONDS_IN_ALL:-520}
+begin=$SECONDS
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export PYTHONUNBUFFERED=1
+failed=0
+
+# phase NAME LIMIT RESERVE LOG COMMAND...: LIMIT seconds at most, and RESERVE kept for what follows
+phase() {
+    local name=$1 limit=$2 reserve=$3 log=$folder/$4 started=$SECONDS status=0
+    shift 4
+    local left=$((budget - (SECONDS - begin) - reserve))
+    ((left < limit)) && limit=$left
+    if ((limit < 5)); then
+        status=124
+        echo "$name: no time left" >>"$log"
+    else
+        echo "== $name, $limit s at most" | tee -a "$log"
+        # pytest writes its report when it is interrupted
+        timeout -k 10 -s INT "$limit" "$@" >>"$log" 2>&1 </dev/null || status=$?
+    fi
+    printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - started))" | tee -a "$scratch/phases"
+    ((status)) && failed=$((failed + 1))
+    return 0
+}
+
+export PYTHONPATH=$scratch/site${PYTHONPATH:+:$PYTHONPATH}
+wheels=${WHEELS:-.whl}
+if compgen -G "$wheels/*.whl" >/dev/null; then
+    "$python" -m pip install -q --no-index --no-deps --no-compile --target "$scratch/site" \
+        "$wheels"/*.whl || failed=$((failed + 1))
+fi
+# an installed package knows where the Triton kernels are; a bare checkout is told here
+if ! "$python" -c 'import vmtc_kernels.triton_kernels' 2>/dev/null; then
+    mkdir -p "$scratch/site"
+    cat >"$scratch/site/sitecustomize.py" <<END
+import importlib.util, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "vmtc_kernels.triton_kernels":
+            return importlib.util.spec_from_file_location(
+                name, "$PWD/triton_kernels/__init__.py",
+                submodule_search_locations=["$PWD/triton_kernels"])
+sys.meta_path.append(Finder)
+END
+fi
+
+environment() {
+    nvidia-smi
+    nvcc --version
+    "$python" --version
+    git rev-parse HEAD && git status --short
+    for tool in ncu compute-sanitizer; do
+        command -v "$tool" || echo "missing: $tool"
+    done
+    "$python" -m bench.missing
+}
+export -f environment
+export python
+phase environment 40 400 machine.log bash -c environment
+
+# only for the GPU that is here, unless told otherwise: a quarter of the time
+if [ -z "${TORCH_CUDA_ARCH_LIST:-}" ]; then
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
+    [ "$capability" = 9.0 ] && capability=9.0a
+    export TORCH_CUDA_ARCH_LIST=$capability
+fi
+VMTC_BUILD=cuda MAX_JOBS=$(nproc) phase build 150 310 machine.log \
+    "$python" setup.py build_ext --inplace --force
+
+# where a backend cannot run its tests are skipped, which is no success
+phase backends 20 300 machine.log "$python" -c '
+import sys, vmtc_kernels
+missing = {k: v for k, v in vmtc_kernels.available_backends().items() if v}
+sys.exit(f"cannot run: {missing}" if missing else 0)'
+
+jobs=()
+"$python" -c 'import xdist' 2>/dev/null && jobs=(-n 8)
+pytest() {
+    local name=$1 limit=$2 reserve=$3
+    shift 3
+    # the tests ask torch for deterministic algorithms, and cuBLAS has them on this condition
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 phase "$name" "$limit" "$reserve" tests.log \
+        "$python" -m pytest -q -p no:cacheprovider --junitxml="$scratch/$name.xml" "$@"
+}
+pytest gpu-tests 90 240 -k 'test_gpu or triton or cuda' tests/test_gpu.py tests/test_limits.py
+# opcheck, compilation and export ask little of a kernel and take much of the time: they come last
+operators=(tests/test_{token_importance,kmeans,merge_tokens,triton}.py)
+slow='opcheck or compiles or exports'
+pytest operator-tests 75 180 "${jobs[@]}" -k "(triton or cuda) and not ($slow)" "${operators[@]}"
+pytest compile-tests 75 150 "${jobs[@]}" -k "(triton or cuda) and ($slow)" "${operators[@]}"
+
+# each allocation by itself, so that what lies behind it is nobody's
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+sanitize() {
+    phase "$1" "$2" "$3" sanitizer.log compute-sanitizer --tool "$1" --error-exitcode 86 \
+        --print-limit 20 "$python" bench/sanitize_cases.py
+}
+sanitize memcheck 45 120
+sanitize racecheck 45 90
+unset PYTORCH_NO_CUDA_MEMORY_CACHING
+
+# the short suites first: what is out of time is the last of the set-ups
+phase benchmark 300 10 bench.log "$python" -m bench --device cuda --quick \
+    --out "$folder/bench.json" token_importance kmeans merge_tokens sweep
+
+# no file may be too large to be carried away; its end says most
+for log in "$folder"/*.log; do
+    tail -c 8000000 "$log" >"$scratch/end" && cp "$scratch/end" "$log"
+done
+"$python" -m bench.summary "$folder" "$scratch" || failed=$((failed + 1))
+cat "$folder/SUMMARY.md"
+exit "$failed"
