@@ -16,6 +16,7 @@ export MAX_JOBS ?= 2
 PY := $(VENV)/bin/python
 PIP_INSTALL := $(PY) -m pip install --quiet $(PIP_ARGS)
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
+OTHER_CXX := $(wildcard tests/emulator/*.h tests/emulator/*.cpp examples/cpp/*.cpp)
 
 EXTRAS_demo := demo
 EXTRAS_test := test,demo,bench,transformers
@@ -28,29 +29,39 @@ ASAN_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
     kmeans merge_tokens token_importance spatial_downsample select)))
 # what runs our C++: not the reference, and none of torch's compiler, which takes hours there
 ASAN_SELECT := cpu and not opcheck and not compiles and not exports
+GPU_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
+    kmeans merge_tokens token_importance limits triton)))
 # beside libasan: without libstdc++ it does not find __cxa_throw when python starts
 ASAN_PRELOAD = $(foreach lib,libasan.so libstdc++.so,$(shell $${CXX:-g++} -print-file-name=$(lib)))
+
+# the CUDA kernels as plain C++: their threads scheduled from the first, from the last or at random,
+# on a GPU of this compute capability
+EMULATED_DIR := $(CURDIR)/build/emulated
+EMULATED_RUNS ?= forward:75 forward:90 reverse:75 reverse:90 1:80 2:90
+EMULATED_SELECT ?= cuda and not opcheck and not compiles and not exports
 
 .DEFAULT_GOAL := help
 # several pips at work in one environment would spoil it
 .NOTPARALLEL:
-.PHONY: help demo test lint bench wheel asan clean
+.PHONY: help demo test lint bench wheel asan emulate interpret clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s%s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.extras-demo $(VENV)/.built  ## install, build, merge the tokens of a photograph
 	$(VENV)/bin/vmtc demo
 
 test: $(VENV)/.extras-test $(VENV)/.built  ## install, build, run every test, then lint
 	$(PY) -m pytest
+	$(MAKE) --no-print-directory interpret
+	$(MAKE) --no-print-directory emulate EMULATED_RUNS='reverse:90 1:75'
 	$(MAKE) --no-print-directory lint
 
 lint: $(VENV)/.extras-dev  ## ruff, mypy and clang-format
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy vmtc_kernels
-	$(if $(CSRC),$(VENV)/bin/clang-format --dry-run -Werror $(CSRC))
+	$(if $(CSRC),$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(OTHER_CXX))
 
 bench: $(VENV)/.extras-bench $(VENV)/.built  ## time the operators against their rivals
 	$(PY) -m bench $(BENCH_ARGS)
@@ -71,6 +82,18 @@ asan: $(VENV)/.extras-test  ## run the operators' tests under AddressSanitizer
 	@cat $(ASAN_DIR)/report.* 2>/dev/null \
 	    | awk 'BEGIN {RS = ""} /vmtc_kernels\/_C\.|\/csrc\/(module|cpu)/ {print; found = 1} END {exit found}' \
 	    && echo "asan: no error, no leak from vmtc_kernels._C"
+
+emulate: $(VENV)/.extras-test  ## run the operators' tests with the CUDA kernels, without a GPU
+	VMTC_BUILD=emulated $(PY) setup.py -q build --force --build-lib $(EMULATED_DIR)/lib --build-temp $(EMULATED_DIR)/temp
+	for run in $(EMULATED_RUNS); do \
+	    echo "emulate: order $${run%:*}, compute capability $${run#*:}"; \
+	    PYTHONPATH=$(EMULATED_DIR)/lib VMTC_EMULATOR_ORDER=$${run%:*} VMTC_EMULATOR_CAPABILITY=$${run#*:} \
+	        $(PY) -m pytest -q -n $(MAX_JOBS) -p no:cacheprovider -o pythonpath=$(EMULATED_DIR)/lib \
+	        -k '$(EMULATED_SELECT)' $(GPU_TESTS) || exit 1; \
+	done
+
+interpret: $(VENV)/.extras-test  ## run the operators' tests with the Triton kernels, without a GPU
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(MAX_JOBS) -p no:cacheprovider -k triton $(GPU_TESTS)
 
 clean:  ## remove everything built; the environment stays
 	rm -rf build dist *.egg-info vmtc_kernels/_C*.so $(VENV)/.built

@@ -282,11 +282,14 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile(num_clusters: int, dtype: torch.dtype) -> Tile:
+def tile(num_clusters: int, dtype: torch.dtype, metric: str) -> Tile:
     """Rows by centroids by features of one step; a round that few centroids share is narrow."""
-    columns = min(64, max(16, triton.next_power_of_2(num_clusters)))
+    # the direct sums of euclidean would spill a larger one
+    widest = 32 if metric == "euclidean" else 64
+    columns = min(widest, max(16, triton.next_power_of_2(num_clusters)))
     exact = dtype == torch.float32
-    return Tile(64, columns, 32, 8 if exact else 4, 2 if exact else 3)
+    many = exact or (metric == "euclidean" and columns > 16)
+    return Tile(64, columns, 32, 8 if many else 4, 2 if exact else 3)
 
 
 def cluster(
@@ -304,13 +307,14 @@ def cluster(
     grouping = Grouping.empty(B, C, K, x.device)
     floats = {"dtype": torch.float32, "device": x.device}
     norms, own = torch.empty(B, C, **floats), torch.empty(B, C, **floats)
-    counted = torch.zeros(2, B, K, dtype=torch.int32, device=x.device)
-    moving = torch.zeros(iterations + 1, B, dtype=torch.int32, device=x.device)
+    # rows of 16 bytes, or how they are aligned would depend on the batch
+    counted = torch.zeros(2, -(-B * K // 4) * 4, dtype=torch.int32, device=x.device)
+    moving = torch.zeros(iterations + 1, -(-B // 4) * 4, dtype=torch.int32, device=x.device)
     current = centroids if centroids is not None else torch.empty(B, K, D, **floats)
     unit = row_unit(x)
     strides = {"stride_xb": x.stride(0) // unit, "stride_xn": x.stride(1) // unit, "UNIT": unit}
     shared = {"N": N, "D": D, "C": C, **strides}
-    choice = tile(K, x.dtype)
+    choice = tile(K, x.dtype, metric)
     blocks = triton.cdiv(C, choice.BLOCK_R)
 
     def assign(t: int) -> None:

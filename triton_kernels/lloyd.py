@@ -100,7 +100,6 @@ def lloyd_kernel(
     norm = tl.load(norms_ptr + r, mask=inside, other=0.0)
     finite = inside & (norm < float("inf"))
     zero = D * 1.1754943508222875e-38
-    scale = finite.to(tl.float64)
     length = tl.full((BLOCK_R,), 1.0, tl.float32)
     if not EUCLIDEAN:
         usable = finite & (norm > zero)
@@ -167,6 +166,8 @@ def lloyd_kernel(
             change = tl.sum(row * tl.where(here, sign, 0.0)[:, None], 0)
             sum_ptr = sums_ptr + place * ld + r
             tl.store(sum_ptr, tl.load(sum_ptr, mask=near_r, other=0.0) + change, mask=near_r)
+            # the next step may add to the same sums, on other threads
+            tl.debug_barrier()
             done += tl.sum(here.to(tl.int32), 0)
         tl.debug_barrier()
 
@@ -182,15 +183,20 @@ def lloyd_kernel(
                 mask=(k < K)[:, None] & near_r[None, :],
                 other=0.0,
             )
-            total_k = tl.sum(tl.where(member, sums * scale[None, :], 0.0), 1)[:, None]
+            if not EUCLIDEAN:
+                # r_i S[k, i]
+                sums = sums * scale[None, :]
+            total_k = tl.sum(tl.where(member, sums, 0.0), 1)[:, None]
             if EUCLIDEAN:
                 share = inverse(tl.where(n > 0, n, 1.0))
                 distance = sums * share - 0.5 * total_k * share * share
-                distance = tl.where(n > 0, distance, norm[None, :])
+                # the zero vector stands for a cluster without a finite member
+                square = tl.load(norms_ptr + r, mask=finite, other=0.0)
+                distance = tl.where(n > 0, distance, square[None, :])
             else:
                 nonzero = (n > 0) & (total_k > n * n * zero)
                 share = inverse_root(tl.where(nonzero, total_k, 1.0))
-                distance = tl.where(nonzero, 1 - sums * scale[None, :] * share, 1.0)
+                distance = tl.where(nonzero, 1 - sums * share, 1.0)
             near = distance.to(tl.float32)
             candidate = (k < K)[:, None] & finite[None, :] & (near == near)
             near = tl.where(candidate, near, float("inf"))
@@ -275,7 +281,8 @@ def lloyd(
             stride_sb=sizes.stride(0),
             EUCLIDEAN=metric == "euclidean",
             BLOCK_R=block,
-            BLOCK_K=4,
+            # as many clusters a step as the registers of 16 warps hold
+            BLOCK_K=2 if metric == "euclidean" else 4,
             BLOCK_E=8,
             num_warps=16,
         )

@@ -69,13 +69,14 @@ def mean_kernel(
     d = piece * BLOCK_D + tl.arange(0, BLOCK_D)
     x_ptr += b * stride_xb * UNIT
     out_ptr += (b * (P + K) + slot) * D
-    if slot < P:
-        # bit for bit: no arithmetic
-        filled = tl.load(primary_sizes_ptr + b * (P + K) + slot) > 0
-        position = tl.load(primary_ptr + b * P + slot, mask=filled, other=0).to(tl.int64)
-        value = tl.load(x_ptr + position * stride_xn * UNIT + d, mask=d < D, other=0.0)
-        tl.store(out_ptr + d, tl.where(filled, value, 0.0), mask=d < D)
-        return
+    if not CENTROIDS:
+        if slot < P:
+            # bit for bit: no arithmetic
+            filled = tl.load(primary_sizes_ptr + b * (P + K) + slot) > 0
+            position = tl.load(primary_ptr + b * P + slot, mask=filled, other=0).to(tl.int64)
+            value = tl.load(x_ptr + position * stride_xn * UNIT + d, mask=d < D, other=0.0)
+            tl.store(out_ptr + d, tl.where(filled, value, 0.0), mask=d < D)
+            return
 
     k = slot - P
     begin = tl.load(offsets_ptr + b * (K + 1) + k)

@@ -1,33 +1,32 @@
 """Which of the two GPU backends a call tries first: pure functions of shapes and architecture.
 
-The rules follow from counted bytes and launches (docs/kernels.md). They have not been measured on a
-GPU yet.
+The rules follow from counted bytes, launches and steps (docs/kernels.md). They have not been
+measured on a GPU yet.
 """
 
 from __future__ import annotations
 
-# shared memory of a block on compute capability 9.0 and 10.x
-BLOCK_BYTES = 227 * 1024
+# beyond it the pairs of an image are more than its tokens
+_MOST_TOKENS = 1024
+# what every GPU since compute capability 7.5 gives a block
+_SHARED_MEMORY = 64 * 1024
 
 
 def fits_one_launch(tokens: int, clusters: int) -> bool:
-    """Whether eight blocks hold the pairs of an image and the sums of its clusters.
+    """Whether the CUDA kernel runs all rounds of an image in one launch.
 
-    Each block has an eighth of the rows: 4 bytes a pair, 8 bytes a cluster, and 16 bytes for every
-    token and 24 for every cluster of the image.
+    A block keeps 20 bytes for each token, 92 for each cluster, and 4 KB (csrc/cuda/lloyd.cuh).
     """
-    rows = -(-tokens // 8)
-    row_bytes = 4 * (-(-tokens // 4) * 4) + 8 * clusters
-    return rows * row_bytes + 16 * tokens + 24 * clusters <= BLOCK_BYTES
+    return tokens <= _MOST_TOKENS and 20 * tokens + 92 * clusters + 4096 <= _SHARED_MEMORY
 
 
 def clustering(capability: tuple[int, int], tokens: int, clusters: int) -> tuple[str, str]:
     """For kmeans and merge_tokens: ``tokens`` is the most that an image may cluster."""
-    if capability not in ((9, 0), (10, 0), (10, 3)):
-        return "triton", "compute capability 9.0 or 10.x alone holds the pairs in shared memory"
-    if fits_one_launch(tokens, clusters):
-        return "cuda", "it runs all rounds in one launch, the pairs in distributed shared memory"
-    return "triton", "the pairs of an image do not fit the shared memory of eight blocks"
+    if not fits_one_launch(tokens, clusters):
+        return "triton", "so many tokens or clusters take a launch a step, on tensor cores there"
+    if capability >= (9, 0):
+        return "cuda", "its rounds are one launch, few images' pairs in distributed shared memory"
+    return "cuda", "its rounds are one launch, the state of an image in shared memory"
 
 
 def importance(capability: tuple[int, int]) -> tuple[str, str]:
