@@ -78,7 +78,11 @@ def case(setup: Setup, device: str = DEVICE, all_launches: bool = True) -> Case:
             *ours("merge_tokens", calls, judge),
             *rivals(Task(gathered, cut, problem), all_launches=all_launches),
         ],
-        targets=[Target("rival", 1.0)],
+        targets=[
+            Target("rival", 1.0),
+            Target("rival", 20.0, "flash-kmeans"),
+            Target("rival", 6.0 if setup.B <= 8 else 4.0, "torch"),
+        ],
         memory_unit=("the redundant tokens", gathered[0].nbytes),
     )
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from . import gpu_merge_tokens
 from .gpu import DEVICE
 from .gpu_merge_tokens import Setup
-from .runner import Case
+from .runner import Case, Target
 
 USUAL = Setup(B=8, D=1024)
 SETUPS = [
@@ -20,4 +20,4 @@ SETUPS = [
 
 def case(setup: Setup, device: str = DEVICE) -> Case:
     found = gpu_merge_tokens.case(setup, device, all_launches=False)
-    return replace(found, suite="sweep")
+    return replace(found, suite="sweep", targets=[Target("rival", 1.0)])

@@ -94,7 +94,7 @@ def milliseconds(value: float) -> str:
 
 def _target(target: dict[str, Any]) -> str:
     names = {"rival": "fastest rival", "reference": "own reference", "floor": "the least work"}
-    against = names[target["against"]]
+    against = target.get("named") or names[target["against"]]
     bound = "at most " if target["against"] == "floor" else ""
     aim = f"target {bound}{target['factor']:g}x"
     if target["ratio"] is None:

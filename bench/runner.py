@@ -57,6 +57,8 @@ class Target:
 
     against: Kind
     factor: float
+    # only against providers whose names begin so
+    named: str = ""
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,11 @@ def _compare(target: Target, rows: list[Row], disturbed: bool) -> dict[str, Any]
     met also where other processes disturbed the timing."""
     record: dict[str, Any] = {**asdict(target), "provider": None, "ratio": None, "met": None}
     ours = [row.ms["median"] for row in rows if row.kind == "ours" and row.ms]
-    others = {row.name: row.ms["median"] for row in rows if row.kind == target.against and row.ms}
+    others = {
+        row.name: row.ms["median"]
+        for row in rows
+        if row.kind == target.against and row.name.startswith(target.named) and row.ms
+    }
     if ours and others:
         record["provider"] = fastest = min(others, key=others.__getitem__)
         if target.against == "floor":
