@@ -123,7 +123,7 @@ def lloyd_kernel(
             nonzero = seed_finite & (seed_norm > zero)
             seed_scale = inverse_root(tl.where(nonzero, seed_norm, 1.0).to(tl.float64))
             cosine = tl.where(nonzero, to_seed * scale * seed_scale, 0.0)
-            distance = (1 - cosine).to(tl.float32)
+            distance = 1 - cosine.to(tl.float32)
         closer = finite & (distance < own)
         own = tl.where(closer, distance, own)
         labels = tl.where(closer, seeded, labels)
@@ -194,9 +194,11 @@ def lloyd_kernel(
                 square = tl.load(norms_ptr + r, mask=finite, other=0.0)
                 distance = tl.where(n > 0, distance, square[None, :])
             else:
-                nonzero = (n > 0) & (total_k > n * n * zero)
+                # a centroid shorter than 2^-25, the rounding of its members, is zero
+                nonzero = (n > 0) & (total_k > n * n * 8.881784197001252e-16)
                 share = inverse_root(tl.where(nonzero, total_k, 1.0))
-                distance = tl.where(nonzero, 1 - sums * share, 1.0)
+                # rounded before it is taken from 1: beyond that, equal directions would not tie
+                distance = 1 - tl.where(nonzero, sums * share, 0.0).to(tl.float32)
             near = distance.to(tl.float32)
             candidate = (k < K)[:, None] & finite[None, :] & (near == near)
             near = tl.where(candidate, near, float("inf"))
