@@ -117,7 +117,7 @@ def compiled() -> dict:
     if build == "cuda":
         sources += cuda_sources + included(kernels, "build/kernels", ".cu")
         macros.append(("VMTC_CUDA_KEY", "CUDA"))
-        nvcc = ["-O3", *gpu_code(os.path.join(CUDA_HOME, "bin", "nvcc"))]
+        nvcc = ["-O3", "-std=c++20", *gpu_code(os.path.join(CUDA_HOME, "bin", "nvcc"))]
     elif build == "emulated":
         sources += cuda_sources + included(kernels, "build/emulated/kernels", ".cpp")
         names = ("emulator", "collectives", "runtime")
