@@ -170,6 +170,14 @@ def test_equal_seeds_leave_empty_clusters_that_repair_fills(backend: str) -> Non
     assert first.centroids.flatten().tolist() == [0, 9, 8]
 
 
+def test_a_cluster_of_two_gives_one_up(backend: str) -> None:
+    """Worked by hand: seeds 0, 9, 9; the third cluster is empty and takes the 1 from 0 and 1."""
+    x = torch.tensor([0.0, 1.0, 9.0, 9.0]).view(1, 4, 1)
+    for iterations in (0, 5):
+        got = kmeans(x, 3, iterations=iterations, metric="euclidean")
+        assert got.labels.tolist() == [[0, 2, 1, 1]]
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     ("dtype", "scale"),

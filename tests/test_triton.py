@@ -128,13 +128,14 @@ def test_both_forms_bear_tokens_that_are_not_finite(form: str, data: st.DataObje
 def test_distant_groups_of_close_tokens_keep_their_digits(form: str, dtype: torch.dtype) -> None:
     """No single offset helps: |a|^2 + |b|^2 - 2 a.b is nothing but rounding in both groups."""
     D, K = 17, 8
-    step = 2.0**-3 if dtype == torch.float32 else 1.0
-    centers = (step * 4 * normal(K, D, seed=9)).round()
+    step = 2.0**-6 if dtype == torch.float32 else 1.0
+    centers = step * (8 * normal(K, D, seed=9)).round()
     side = torch.where(torch.arange(K) % 2 == 0, 1000.0, -1000.0)[:, None]
     x = (centers + side)[torch.arange(96) * K // 96] + step * normal(2, 96, D, seed=10).round() / 2
     x = x.to(dtype)
     got = kmeans(x, K, metric="euclidean")
     images = expected_clusters(x, K, 10, "euclidean")
+    assert all(image.clear for image in images)
     assert_clusters(got, x, "euclidean")
     assert_same_clustering(got.labels, images)
     assert_same_bits(got, kmeans(x, K, metric="euclidean"))
