@@ -111,8 +111,8 @@ def _clustering() -> Iterator[tuple[str, tuple[int, int], int, torch.dtype]]:
     """(kind, (B, N), D, dtype)"""
     for name, dtype in DTYPES.items():
         for which, sizes in SIZES.items():
-            for D in (1024, 4096, 1001) if name != "f16" else (1024,):
-                for size in sizes if D != 4096 else sizes[:1]:
+            for D in (1024, 4096, 1000, 1001) if name != "f16" else (1024,):
+                for size in sizes if D in (1024, 1001) else sizes[:1]:
                     yield f"{name} {which} D={D}", size, D, dtype
 
 

@@ -25,16 +25,20 @@ SHARED = {"80": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024}
 Row = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def compiled(folder: Path, *options: str) -> dict[str, Any]:
     """By the command, in a process of its own: interpreted kernels cannot be compiled."""
-    path = tmp_path_factory.mktemp("aot") / "aot.json"
-    command = [sys.executable, "-m", "bench.aot", "--quick", "--gpus", "90a", "--json", str(path)]
+    path = folder / "aot.json"
+    command = [sys.executable, "-m", "bench.aot", *options, "--json", str(path)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     # it fails where a kernel does not compile, which is a test of its own
     assert path.exists(), run.stdout + run.stderr
     return json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return compiled(tmp_path_factory.mktemp("aot"), "--quick", "--gpus", "90a")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,14 @@ def test_nothing_spills(seen: dict[str, Any], triton_rows: list[Row]) -> None:
         (told(row), row["stack_bytes"], row["local_memory"])
         for row in triton_rows
         if row["stack_bytes"] > allowed or (row["local_memory"] and not allowed)
+    ]
+
+
+def test_pairs_of_any_rows_do_not_spill(tmp_path: Path) -> None:
+    rows = compiled(tmp_path, "--kernels", "pairs", "--arch", "90", "--gpus", "")["triton"]
+    assert {row["arguments"]["UNIT"] for row in rows} == {"1", "4", "8"}
+    assert not [
+        (told(row), row["stack_bytes"]) for row in rows if row["stack_bytes"] or row["local_memory"]
     ]
 
 

@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 in the environment before Python starts.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -32,6 +33,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from vmtc_kernels.triton_kernels import kmeans as launcher
 from vmtc_kernels.triton_kernels import lloyd, pairs, primary
+from vmtc_kernels.triton_kernels.launch import row_unit
 
 runs = pytest.mark.skipif("triton" not in BACKENDS, reason="no GPU and not TRITON_INTERPRET=1")
 FORMS = ("pairs", "direct")
@@ -157,26 +159,26 @@ def test_form_is_chosen_by_work() -> None:
 @pytest.mark.parametrize("arch", [(8, 0), (9, 0), (10, 0)])
 def test_tiles_fill_the_chip_before_they_grow(arch: tuple[int, int]) -> None:
     batches = (1, 4, 8, 64, 256)
-    sides = [pairs.tile(B, 448, torch.bfloat16, "cosine", arch).BLOCK_R for B in batches]
+    sides = [pairs.tile(B, 448, torch.bfloat16, "cosine", 8, arch).BLOCK_R for B in batches]
     assert sides == sorted(sides) and sides[0] == 32 and sides[-1] == 128
-    for dtype in FLOATS:
-        for metric in METRICS:
-            chosen = {pairs.tile(B, 448, dtype, metric, arch) for B in batches}
-            assert chosen <= set(pairs.tiles(dtype, metric))
+    for dtype, metric, unit in itertools.product(FLOATS, METRICS, (1, 8)):
+        chosen = {pairs.tile(B, 448, dtype, metric, unit, arch) for B in batches}
+        assert chosen <= set(pairs.tiles(dtype, metric, unit))
 
 
 @runs
+@pytest.mark.parametrize("D", [71, 72])
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_every_tile_gives_the_pairs(
-    dtype: torch.dtype, metric: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, metric: str, D: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, valid = normal(3, 150, 70, dtype=dtype), ragged(3, 150)
+    x, valid = normal(3, 150, D, dtype=dtype), ragged(3, 150)
     x, valid = x.to(device_of("triton")), valid.to(device_of("triton"))
     sizes = torch.empty(3, 1, dtype=torch.int32, device=x.device)
     selection = primary.select(x, None, 0, valid, sizes)
     assert selection.counts.tolist() == valid.sum(1).tolist()
-    for choice in pairs.tiles(dtype, metric):
+    for choice in pairs.tiles(dtype, metric, row_unit(x)):
         monkeypatch.setattr(pairs, "tile", lambda *_, choice=choice: choice)
         values, norms = pairs.pairs(x, selection, metric)
         for b in range(3):

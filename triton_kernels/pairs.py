@@ -128,19 +128,29 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tiles(dtype: torch.dtype, metric: str) -> list[Tile]:
+def tiles(dtype: torch.dtype, metric: str, unit: int) -> list[Tile]:
     """Tiles that fit the registers, from the smallest to the largest."""
     if dtype == torch.float32:
-        return [Tile(64, 32, 8, 2)]
+        return [Tile(64, 32, 8, 2)] if unit > 1 else [Tile(32, 32, 4, 2)]
+    if unit == 1:
+        # element by element each has an address of its own
+        return [Tile(32, 32, 4, 4), Tile(64, 32, 8, 4)]
     small = [Tile(32, 128, 4, 4), Tile(64, 64, 4, 4)]
     # the direct sums of euclidean would spill a larger one
     return small if metric == "euclidean" else [*small, Tile(128, 64, 8, 3)]
 
 
-def tile(batch: int, capacity: int, dtype: torch.dtype, metric: str, arch: tuple[int, int]) -> Tile:
+def tile(
+    batch: int,
+    capacity: int,
+    dtype: torch.dtype,
+    metric: str,
+    unit: int,
+    arch: tuple[int, int],
+) -> Tile:
     """The largest tile of which there are enough to occupy every multiprocessor."""
     processors = {8: 108, 9: 132, 10: 148, 12: 170}.get(arch[0], 108)
-    choices = tiles(dtype, metric)
+    choices = tiles(dtype, metric, unit)
     for choice in reversed(choices):
         edge = triton.cdiv(capacity, choice.BLOCK_R)
         # two blocks of 128 fit a multiprocessor
@@ -169,7 +179,7 @@ def pairs(x: Tensor, selection: Selection, metric: str) -> Pairs:
         torch.empty(B, C, dtype=torch.float32, device=x.device),
     )
     unit = row_unit(x)
-    chosen = tile(B, C, x.dtype, metric, capability(x))
+    chosen = tile(B, C, x.dtype, metric, unit, capability(x))
 
     def launch(choice: Tile, run: Callable[..., Any], tiles: int) -> None:
         run(
@@ -204,7 +214,7 @@ def pairs(x: Tensor, selection: Selection, metric: str) -> Pairs:
         compiled = (x.device, x.dtype, metric, D, unit)
         if compiled not in _compiled:
             _compiled.add(compiled)
-            for other in tiles(x.dtype, metric):
+            for other in tiles(x.dtype, metric, unit):
                 if other != chosen:
                     launch(other, functools.partial(pairs_kernel.warmup, grid=(1,)), 1)
     return found
