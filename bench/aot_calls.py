@@ -148,6 +148,10 @@ def _merge_tokens() -> Iterator[Call]:
             for weighting in ("score", "uniform"):
                 made = partial(_scored, *size, D, dtype, metric=metric, weighting=weighting)
                 yield Call("merge_tokens", f"{kind} {metric} {weighting}", size, made)
+                if D == 1024 and size[0] == 3:
+                    # that many primary tokens leave the sizes of the clusters unaligned
+                    made = partial(made, num_primary=127)
+                    yield Call("merge_tokens", f"{kind} {metric} {weighting}", size, made)
         if D == 1024:
             made = partial(_with_features, *size, D, dtype)
             yield Call("merge_tokens", f"{kind} valid, features", size, made)

@@ -154,6 +154,11 @@ def test_form_is_chosen_by_work() -> None:
     # few features: all pairs are more bytes than the tokens in every round
     assert launcher.form(1000, 64, 64, 10) == "direct"
     assert launcher.form(200, 8, 1, 0) == "pairs"
+    # what a program sorts holds no larger number of a cluster
+    assert launcher.form(4, 1, lloyd.MOST_CLUSTERS, 1) == "pairs"
+    assert launcher.form(4, 1, lloyd.MOST_CLUSTERS + 1, 1) == "direct"
+    last = (lloyd.MOST_CLUSTERS - 1 << 11) | (lloyd.LARGEST_CAPACITY - 1 << 1) | 1
+    assert last < 2**31 - 1
 
 
 @pytest.mark.parametrize("arch", [(8, 0), (9, 0), (10, 0)])

@@ -135,10 +135,7 @@ def assign_kernel(
             c = tl.load(c_ptr[:, None] + d[None, :], mask=within & there[:, None], other=0.0)
             wide = c.to(tl.float32)
             square += tl.sum(wide * wide, 1)
-            if SEEDS:
-                products = dot(a, tl.trans(c), products, PRECISION)
-            else:
-                products = dot(a.to(tl.float32), tl.trans(c), products, PRECISION)
+            products = dot(a.to(tl.float32), tl.trans(wide), products, PRECISION)
         if EUCLIDEAN:
             both = norm[:, None] + square[None, :]
             distance = both - 2 * products
@@ -242,8 +239,9 @@ def cluster(
             **shared,
             SEEDS=t == 0,
             EUCLIDEAN=metric == "euclidean",
-            # half types are exact in tf32, the centroid in two parts nearly is
-            PRECISION="tf32x3" if half and t > 0 else "ieee",
+            # half types are exact in tf32, the centroid in two parts nearly is; and each step is
+            # added in float32, where tensor cores that go on by themselves truncate
+            PRECISION="tf32x3" if half else "ieee",
             BLOCK_R=choice.BLOCK_R,
             BLOCK_K=choice.BLOCK_K,
             BLOCK_D=choice.BLOCK_D,

@@ -18,10 +18,10 @@ def form(capacity: int, features: int, num_clusters: int, iterations: int) -> st
     direct round costs 2 capacity x features x clusters products, two passes over the tokens and
     four launches. Of few tokens the launches are all that counts.
     """
+    if capacity > lloyd.LARGEST_CAPACITY or num_clusters > lloyd.MOST_CLUSTERS:
+        return "direct"
     if capacity <= 256:
         return "pairs"
-    if capacity > lloyd.LARGEST_CAPACITY:
-        return "direct"
     rounds = iterations + 1
     few_products = capacity <= 3 * num_clusters * rounds
     few_bytes = 3 * capacity <= features * rounds

@@ -21,6 +21,8 @@ from .pairs import Pairs
 from .primary import Selection
 
 LARGEST_CAPACITY = 1024
+# a cluster, a rank and one bit share 31 bits
+MOST_CLUSTERS = 2**20 - 1
 
 _SIZES = ("D", "C", "K", "iterations", "ld", "stride_sb")
 _NEVER = tl.constexpr(0x7FFFFFFF)
@@ -60,7 +62,7 @@ def _repair(labels, own, r, inside, sizes_ptr, K, BLOCK_K: tl.constexpr):
     return labels
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=("sizes_ptr",))
 def lloyd_kernel(
     pairs_ptr,  # f32 [B, C, ld]
     norms_ptr,  # f32 [B, C]

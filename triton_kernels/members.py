@@ -9,7 +9,7 @@ _SIZES = ("C", "K", "stride_sb")
 _NEVER = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=("sizes_ptr",))
 def repair_kernel(
     counts_ptr,
     labels_ptr,
@@ -66,7 +66,7 @@ def repair_kernel(
                 tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=("sizes_ptr",))
 def members_kernel(
     counts_ptr,
     labels_ptr,

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "types.h"
@@ -256,10 +257,16 @@ __device__ __forceinline__ T* map_shared(T* address, unsigned rank) {
 #endif
 }
 
+// the same error, told to the caller alone: the next launch of anybody would seem to have failed
+inline cudaError_t reported(cudaError_t error) {
+  if (error) (void)cudaGetLastError();
+  return error;
+}
+
 inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
   int device;
-  if (const cudaError_t error = cudaGetDevice(&device)) return error;
-  return cudaDeviceGetAttribute(value, attribute, device);
+  if (const cudaError_t error = reported(cudaGetDevice(&device))) return error;
+  return reported(cudaDeviceGetAttribute(value, attribute, device));
 }
 
 // 10 * major + minor of the current device, 0 where there is none
@@ -268,6 +275,22 @@ inline int compute_capability() {
   if (device_attribute(cudaDevAttrComputeCapabilityMajor, &major)) return 0;
   if (device_attribute(cudaDevAttrComputeCapabilityMinor, &minor)) return 0;
   return 10 * major + minor;
+}
+
+// that of the code which the current device runs: PTX for an older one may be all there is, and
+// what only newer code has is not in it. 0 where there is none
+template <typename... P>
+int code_capability(void (*kernel)(P...)) {
+  cudaFuncAttributes found{};
+  if (reported(cudaFuncGetAttributes(&found, kernel))) return 0;
+  return std::min(compute_capability(), found.ptxVersion);
+}
+
+// where a kernel has no body for this code, so that nothing is taken for its result
+__device__ __forceinline__ void no_such_code() {
+#if VMTC_DEVICE_CODE
+  __trap();
+#endif
 }
 
 // the most dynamic shared memory that one block can have
@@ -303,8 +326,11 @@ struct Shape {
 template <typename... P, typename... A>
 cudaError_t launch(void (*kernel)(P...), const Shape& shape, A&&... arguments) {
   if (shape.shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
+    // the limit is the kernel's: another thread may launch it with more or less at the same time
+    const size_t most = most_shared_memory();
+    if (shape.shared_bytes > most) return cudaErrorInvalidValue;
+    const cudaError_t error = reported(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most)));
     if (error) return error;
   }
   cudaLaunchAttribute cluster{};
@@ -317,7 +343,7 @@ cudaError_t launch(void (*kernel)(P...), const Shape& shape, A&&... arguments) {
   config.stream = shape.stream;
   config.attrs = &cluster;
   config.numAttrs = shape.cluster > 1;
-  return cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...);
+  return reported(cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...));
 }
 
 // f(T{}) with the C++ type of dtype

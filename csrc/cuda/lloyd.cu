@@ -1,3 +1,5 @@
+#include <utility>
+
 #include "lloyd.cuh"
 #include "lloyd.h"
 
@@ -11,6 +13,8 @@ __device__ __forceinline__ void run(const ClusterArgs& args, const float* pairs,
   if constexpr (!CLUSTER || VMTC_DEVICE_CODE == 0 || VMTC_DEVICE_CODE >= 900) {
     Lloyd<EUCLIDEAN, CLUSTER, SHARED_SUMS> lloyd(args, pairs, norms, sums);
     if (lloyd.b < args.B) lloyd.run();
+  } else {
+    no_such_code();
   }
 }
 
@@ -81,14 +85,17 @@ cudaError_t lloyd(const ClusterArgs& args, const float* pairs, const float* norm
   int processors = 0;
   if (const cudaError_t error = device_attribute(cudaDevAttrMultiProcessorCount, &processors))
     return error;
-  const Form chosen =
-      form(args.B, args.C, args.K, compute_capability(), processors, most_shared_memory());
-  const auto kernel =
-      args.metric == Metric::euclidean ? kernel_of<true>(chosen) : kernel_of<false>(chosen);
-  return launch(kernel,
-                {grid_of(args.B * chosen.blocks), unsigned(chosen.threads), chosen.bytes, stream,
-                 chosen.blocks},
-                args, pairs, norms, sums);
+  const auto run_as = [&](int capability) -> std::pair<cudaError_t, int> {
+    const Form chosen = form(args.B, args.C, args.K, capability, processors, most_shared_memory());
+    const auto kernel =
+        args.metric == Metric::euclidean ? kernel_of<true>(chosen) : kernel_of<false>(chosen);
+    const Shape shape{grid_of(args.B * chosen.blocks), unsigned(chosen.threads), chosen.bytes,
+                      stream, chosen.blocks};
+    return {launch(kernel, shape, args, pairs, norms, sums), chosen.blocks};
+  };
+  const auto [error, blocks] = run_as(code_capability(cluster_kernel<false>));
+  // a slice of a GPU may have no eight multiprocessors side by side
+  return error && blocks > 1 ? run_as(0).first : error;
 }
 
 }  // namespace vmtc::cuda

@@ -259,6 +259,7 @@ struct Lloyd {
       for (int i = lane; i < R; i += WARP)
         if (sizes()[labels()[i]] >= 2) farthest = max(farthest, farness(own()[i], i));
       farthest = warp_max(farthest);
+      __syncwarp();
       if (farthest == 0) return;
       const int i = rank_of(farthest);
       if (lane == 0) {

@@ -67,6 +67,7 @@ __device__ __forceinline__ void make_tile(const PairsArgs& args, int64_t ld, int
 
   typename Tile::Source left, right;
   left.D = right.D = args.D;
+  left.anywhere = right.anywhere = args.x.data;
 #pragma unroll
   for (int pass = 0; pass < Tile::PASSES; ++pass) {
     const int here = thread / Tile::PACKS + THREADS / Tile::PACKS * pass;
@@ -119,6 +120,8 @@ __global__ void __launch_bounds__(PairsTile<T, ROWS>::THREADS)
   // what no GPU of this capability is given needs no code for it
   if constexpr (VMTC_DEVICE_CODE == 0 || ROWS <= largest_tile<T>(VMTC_DEVICE_CODE / 10))
     make_tile<T, ROWS, EUCLIDEAN, PACKED>(args, ld, tiles);
+  else
+    no_such_code();
 }
 
 template <typename T, int ROWS>
@@ -157,7 +160,8 @@ cudaError_t pairs(const PairsArgs& args, cudaStream_t stream) {
   return with_type(args.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int rows =
-        choose_tile<T>(args.B, args.C, compute_capability(), processors, most_shared_memory());
+        choose_tile<T>(args.B, args.C, code_capability(pairs_kernel<T, 32, false, false>),
+                       processors, most_shared_memory());
     if constexpr (sizeof(T) == 2)
       if (rows == 128) return launch_tiles<T, 128>(args, stream);
     return rows == 64 ? launch_tiles<T, 64>(args, stream) : launch_tiles<T, 32>(args, stream);

@@ -33,6 +33,7 @@ struct PairsTile {
   struct Source {
     const T* row[PASSES];  // null: zeros
     int64_t D;
+    const void* anywhere;  // in global memory, not read
 
     template <bool PACKED>
     __device__ __forceinline__ void copy(T* to, int64_t first) const {
@@ -43,8 +44,7 @@ struct PairsTile {
         T* there = to + (row_here + THREADS / PACKS * pass) * STRIDE + pack * EACH;
         if constexpr (PACKED) {
           const bool inside = row[pass] && d < D;
-          // some address there must be
-          cp_async<16>(there, inside ? row[pass] + d : static_cast<const void*>(to), inside * 16);
+          cp_async<16>(there, inside ? row[pass] + d : anywhere, inside * 16);
         } else {
 #pragma unroll
           for (int e = 0; e < EACH; ++e)

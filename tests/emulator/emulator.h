@@ -32,6 +32,9 @@ extern Thread* current;
 
 // 10 * major + minor of the emulated device, from VMTC_EMULATOR_CAPABILITY
 int capability();
+// that of the code which runs on it, from VMTC_EMULATOR_CODE: older where a driver compiled PTX.
+// With VMTC_EMULATOR_CROWDED no cluster finds its multiprocessors
+int code();
 
 [[noreturn]] void fail(const char* what, Location where);
 

@@ -40,6 +40,11 @@ int capability() {
   return text && *text ? std::atoi(text) : 90;
 }
 
+int code() {
+  const char* text = std::getenv("VMTC_EMULATOR_CODE");
+  return text && *text ? std::atoi(text) : capability();
+}
+
 cudaError_t remember(cudaError_t error) {
   if (error != cudaSuccess) last_error = error;
   return error;
@@ -67,6 +72,8 @@ cudaError_t check_launch(const cudaLaunchConfig_t& config, const Launch& launch,
         grid.z % dimension.z)
       return cudaErrorInvalidClusterSize;
     if (capability() < 90) return cudaErrorNotSupported;
+    if (code() < 90) fail("a kernel of clusters has no body in older code", Location::current());
+    if (std::getenv("VMTC_EMULATOR_CROWDED")) return cudaErrorInvalidClusterSize;
   }
   return cudaSuccess;
 }
@@ -188,6 +195,11 @@ cudaError_t cudaMemset(void* memory, int byte, size_t bytes) {
 
 cudaError_t cudaMemsetAsync(void* memory, int byte, size_t bytes, cudaStream_t) {
   return cudaMemset(memory, byte, bytes);
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = code();
+  return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
