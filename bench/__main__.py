@@ -58,7 +58,6 @@ def main(
     unknown = set(suites or []) - set(available)
     if unknown:
         raise typer.BadParameter(f"suites are {', '.join(available)}, got {', '.join(unknown)}")
-    repetitions, seconds = EFFORT[device, quick]
     console = Console()
     if not console.is_terminal:
         # a file has no width of its own
@@ -75,27 +74,22 @@ def main(
             if only not in str(setup):
                 continue
             with console.status(f"{name} {setup}"):
-                case = _case(available[name], setup, device)
-                if isinstance(case, str):
-                    console.print(f"{name} {setup}: {case}", markup=False, style="red")
-                    record = {"suite": name, "params": asdict(setup), "error": case}
-                else:
-                    result = runner.run_case(
-                        case, repetitions=repetitions, seconds=seconds, meter=meter
-                    )
-                    report.show(console, result, ceilings)
-                    record = asdict(result)
-            results.append(record)
+                result = _result(available[name], setup, device, meter, quick)
+            if isinstance(result, str):
+                console.print(f"{name} {setup}: {result}", markup=False, style="red")
+                record = {"suite": name, "params": asdict(setup), "error": result}
+            else:
+                report.show(console, result, ceilings)
+                record = asdict(result)
             if device == "cuda":
                 record["gpu_state"] = environment.gpu_state()
-                # the graphs of this case hold memory that the next one may need
-                del case
-                torch.cuda.empty_cache()
+            results.append(record)
             if path:
                 # after each case: what a run that is cut short has measured is kept
-                path.parent.mkdir(parents=True, exist_ok=True)
-                whole = {"environment": described, "results": results}
-                path.write_text(json.dumps(whole, indent=1) + "\n")
+                _write(path, {"environment": described, "results": results})
+            if device == "cuda" and not isinstance(result, str):
+                # the graphs of this case hold memory that the next one may need
+                torch.cuda.empty_cache()
     if path:
         console.print(f"wrote {path}", highlight=False)
     failed = [row for record in results for row in record.get("rows", []) if _is_wrong(row)]
@@ -103,14 +97,27 @@ def main(
         raise typer.Exit(1)
 
 
-def _case(suite: ModuleType, setup: Any, device: str) -> runner.Case | str:
-    """The case, or on a GPU, where one set-up may not fit, why there is none."""
+def _result(
+    suite: ModuleType, setup: Any, device: str, meter: runner.Meter, quick: bool
+) -> runner.Result | str:
+    """What was measured, or on a GPU, where one set-up may not fit, why nothing was."""
+    repetitions, seconds = EFFORT[device, quick]
     try:
-        return suite.case(setup)
+        return runner.run_case(
+            suite.case(setup), repetitions=repetitions, seconds=seconds, meter=meter, quick=quick
+        )
     except Exception as error:
         if device == "cpu":
             raise
         return runner.short(error)
+
+
+def _write(path: Path, whole: dict[str, Any]) -> None:
+    """All at once: who is stopped while writing leaves what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(whole, indent=1) + "\n")
+    new.replace(path)
 
 
 def _is_wrong(row: dict[str, Any]) -> bool:

@@ -55,10 +55,14 @@ class Cuda:
                 calls[0]()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    call()
+        finally:
+            # a capture that fails leaves torch on its stream
+            torch.cuda.set_stream(current)
         return graph.replay
 
     def measure(self, call: Call, calls: int) -> float:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 
 # module: (package, what it is for)
 NEEDED = {
     "torch": ("torch", "everything"),
     "numpy": ("numpy", "the tests"),
-    "setuptools": ("setuptools", "the build"),
+    "setuptools": ("setuptools>=77", "the build"),
     "ninja": ("ninja", "the build"),
     "pytest": ("pytest", "the tests"),
     "hypothesis": ("hypothesis", "the tests: without it none runs"),
@@ -40,8 +41,15 @@ def report(is_there: Callable[[str], bool]) -> tuple[list[str], bool]:
     return lines or ["no package is missing"], complete
 
 
+def is_there(module: str) -> bool:
+    if importlib.util.find_spec(module) is None:
+        return False
+    # an older one does not understand our pyproject.toml
+    return module != "setuptools" or int(version("setuptools").partition(".")[0]) >= 77
+
+
 def main() -> None:
-    lines, complete = report(lambda module: importlib.util.find_spec(module) is not None)
+    lines, complete = report(is_there)
     print("\n".join(lines))
     sys.exit(not complete)
 

@@ -30,6 +30,7 @@ class Provider:
     missing: why it cannot run here; then ``run`` is never called.
     others: the same as ``run`` on other inputs of the same sizes, for a GPU.
     launch: how a GPU gets it, captured in a graph or call by call.
+    slow: why its first call takes a minute or more; a quick run leaves it out.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Provider:
     missing: str | None = None
     others: tuple[Callable[[], Any], ...] = ()
     launch: Literal["graph", "eager"] = "graph"
+    slow: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,10 @@ class Result:
         return _disturbed(self.others_busy)
 
 
-def run_case(case: Case, *, repetitions: int, seconds: float, meter: Meter = CPU) -> Result:
-    rows = [_gate(provider) for provider in case.providers]
+def run_case(
+    case: Case, *, repetitions: int, seconds: float, meter: Meter = CPU, quick: bool = False
+) -> Result:
+    rows = [_gate(provider, quick) for provider in case.providers]
     prepared = {}
     for provider, row in zip(case.providers, rows, strict=True):
         if row.status == "ok":
@@ -186,9 +190,12 @@ def _disturbed(others_busy: float | None) -> bool:
     return others_busy is not None and others_busy > environment.QUIET
 
 
-def _gate(provider: Provider) -> Row:
-    row = Row(provider.name, provider.kind, provider.scope, "missing", provider.missing or "")
-    if provider.missing is None:
+def _gate(provider: Provider, quick: bool) -> Row:
+    missing = provider.missing
+    if quick and provider.slow:
+        missing = missing or f"left out of a quick run: {provider.slow}"
+    row = Row(provider.name, provider.kind, provider.scope, "missing", missing or "")
+    if missing is None:
         try:
             verdict = provider.verify(provider.run())
         except Exception as error:  # a rival may raise anything; the table says what

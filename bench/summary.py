@@ -1,7 +1,8 @@
 """``python -m bench.summary FOLDER SCRATCH``: one page, SUMMARY.md, of what bench/on_gpu.sh left.
 
 SCRATCH holds ``phases``, lines of a phase's name, its exit status and its seconds with tabs
-between, and the JUnit files of the tests, which become one in FOLDER.
+between; the JUnit files of the tests, and bench-*.json of the benchmarks, each of which kinds
+becomes one file in FOLDER.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def main(folder: Path, scratch: Path) -> None:
     if len(whole):
         ElementTree.ElementTree(whole).write(folder / "tests.xml", encoding="unicode")
     phases = (scratch / "phases").read_text()
-    (folder / "SUMMARY.md").write_text(page(phases, suites, _record(folder / "bench.json")))
+    record = _record(scratch)
+    if record:
+        (folder / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "SUMMARY.md").write_text(page(phases, suites, record))
 
 
 def _suite(path: Path) -> ElementTree.Element | None:
@@ -56,8 +60,13 @@ def page(
     return "\n".join([*lines, ""])
 
 
-def _record(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+def _record(scratch: Path) -> dict[str, Any] | None:
+    """The benchmarks' files as one: each suite ran in a process of its own."""
+    records = [json.loads(path.read_text()) for path in sorted(scratch.glob("bench-*.json"))]
+    if not records:
+        return None
+    results = [result for record in records for result in record["results"]]
+    return {"environment": records[0]["environment"], "results": results}
 
 
 def _environment(environment: dict[str, Any]) -> list[str]:

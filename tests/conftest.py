@@ -1,5 +1,7 @@
 """Fixtures for every test: one backend at a time, uninitialised memory poisoned, fixed seeds."""
 
+import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +30,18 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("vmtc")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown() -> Iterator[None]:
+    yield
+    # after an illegal access every call fails: another process goes on, where one would take over
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"the GPU is lost to this process: {error}", file=sys.stderr, flush=True)
+            os._exit(70)
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -194,7 +196,7 @@ def test_flash_kmeans_is_called_as_it_wants(monkeypatch, metric):
     module = SimpleNamespace(
         euclid_assign_triton=assign,
         cosine_assign_triton=assign,
-        triton_centroid_update_euclid=update,
+        triton_centroid_update_sorted_euclid=update,
         batch_kmeans_Euclid=loop,
         batch_kmeans_Cosine=loop,
     )
@@ -205,6 +207,44 @@ def test_flash_kmeans_is_called_as_it_wants(monkeypatch, metric):
     assert (kernels.missing is None) == (metric == "euclidean")
     for it in (kernels, whole)[metric == "cosine" :]:
         assert it.verify(it.run()).ok and len(it.others) == 1
+    # what tries out many tiles at first is no part of a quick run
+    wide = [torch.ones(1, 9, 513)]
+    assert (whole.slow, kernels.slow) == (None, None)
+    slow = gpu_clustering._flash_kmeans(gpu_clustering.Task(wide, task.judged, task.problem))
+    assert (slow.slow is not None) == (metric == "cosine")
+
+
+def test_a_quick_run_leaves_out_what_is_slow():
+    it = replace(provider([lambda: None]), slow="compiles for a minute")
+    meter = gpu_timing.GpuMeter(Processor())
+    for quick, status in ((False, "ok"), (True, "missing")):
+        (row,) = runner.run_case(
+            one_case(it), repetitions=3, seconds=0.05, meter=meter, quick=quick
+        ).rows
+        assert row.status == status and ("for a minute" in row.detail) == quick
+
+
+def test_torch_leaves_the_stream_of_a_capture_that_fails(monkeypatch):
+    left = []
+
+    class Graph:
+        def __enter__(self):
+            raise RuntimeError("cannot begin")
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda _: None))
+    current = SimpleNamespace(wait_stream=lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: Graph())
+    monkeypatch.setattr(torch.cuda, "set_stream", left.append)
+    with pytest.raises(RuntimeError, match="cannot begin"):
+        gpu_timing.Cuda().capture([lambda: None])
+    assert left == [current]
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -271,7 +311,8 @@ def pretended_gpu(monkeypatch):
 
 
 def test_json_and_summary_of_a_run_on_a_gpu(pretended_gpu, tmp_path):
-    out, scratch = tmp_path / "bench.json", tmp_path / "scratch"
+    scratch = tmp_path / "scratch"
+    out = scratch / "bench-1-token_importance.json"
     # a set-up that does not fit ends no run, and is told by the exit status
     with pytest.raises(typer.Exit) as stop:
         __main__.main(quick=True, device="cuda", out=out)
@@ -284,7 +325,9 @@ def test_json_and_summary_of_a_run_on_a_gpu(pretended_gpu, tmp_path):
     assert bad["error"] == "OutOfMemoryError: too large"
     assert environment.result_path(record["environment"]).name.startswith("some-gpu-")
 
-    scratch.mkdir()
+    # a second process adds its results
+    more = {**record, "results": record["results"][:1]}
+    (scratch / "bench-2-more.json").write_text(json.dumps(more))
     (scratch / "phases").write_text("build\t0\t61\nmemcheck\t86\t12\nbenchmark\t124\t9\n")
     (scratch / "gpu-tests.xml").write_text(
         '<testsuites><testsuite><testcase classname="c" name="n"><failure message="one&#10;two"/>'
@@ -306,7 +349,9 @@ def test_json_and_summary_of_a_run_on_a_gpu(pretended_gpu, tmp_path):
     ):
         assert line in page
     assert len(list(ElementTree.parse(tmp_path / "tests.xml").iter("testcase"))) == 2
-    summary.main(tmp_path / "scratch", scratch)
+    merged = json.loads((tmp_path / "bench.json").read_text())
+    assert merged == {**record, "results": [good, bad, good]}
+    assert sorted(path.name for path in scratch.glob("bench*")) == [out.name, "bench-2-more.json"]
 
 
 def test_devices_are_refused_that_are_not_there(monkeypatch):
@@ -363,7 +408,7 @@ def test_script_runs_every_phase_and_counts_the_failures(tmp_path):
     # three runs of pytest, two of the sanitizer
     assert done.returncode == 5, (done.stdout, done.stderr)
     assert page.count("FAILED (1)") == 3 and page.count("FAILED (86)") == 2
-    assert "| environment | passed |" in page and "| benchmark | passed |" in page
+    assert "| environment | passed |" in page and page.count("| benchmark") == 4
     assert "built for 9.0a" in (out / "machine.log").read_text()
     assert len(list(out.iterdir())) <= 8
     env["SECONDS_IN_ALL"] = "300"

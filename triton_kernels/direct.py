@@ -191,7 +191,7 @@ def tile(num_clusters: int, dtype: torch.dtype, metric: str) -> Tile:
     widest = 32 if metric == "euclidean" else 64
     columns = min(widest, max(16, triton.next_power_of_2(num_clusters)))
     exact = dtype == torch.float32
-    many = exact or (metric == "euclidean" and columns > 16)
+    many = exact or columns == 64 or (metric == "euclidean" and columns > 16)
     return Tile(64, columns, 32, 8 if many else 4, 2 if exact else 3)
 
 
