@@ -219,7 +219,7 @@ def _backward(ctx: Any, grad: Tensor, _owner: None, _sizes: None) -> tuple[Tenso
     weight = torch.where(owned, weight, 0)
     wide = _wide(weight)
     # scatter_add_ adds in any order on a GPU, index_put_ in that of the tokens
-    image = torch.arange(len(slot), device=slot.device)[:, None].expand_as(slot)
+    image = torch.arange(slot.shape[0], device=slot.device)[:, None].expand_as(slot)
     total = wide.new_zeros(grad.shape[:2]).index_put_((image, slot), wide, accumulate=True)
     total = total.gather(1, slot)
     share = torch.where(owned, weight / total, 0).to(dtype)[..., None]
