@@ -65,6 +65,22 @@ def test_a_captured_graph_serves_new_inputs(on_gpu: Work) -> None:
         assert_same_bits(got, expected[i])
 
 
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_graph_can_be_of_a_batch_never_seen(gpu_backend: str, case: str) -> None:
+    """It may take another tile or form, which must be loaded by then."""
+    op, make = CASES[case]
+    run = getattr(vmtc_kernels, op)
+    run(**make(1, 100, torch.bfloat16, 0))
+    arguments = make(70, 101, torch.bfloat16, 1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = results(run(**arguments))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits(got, results(run(**arguments)))
+
+
 def test_runs_on_the_current_stream_and_after_what_is_there(on_gpu: Work) -> None:
     old, new = on_gpu.inputs(0), on_gpu.inputs(1)
     expected = on_gpu.run(new)
