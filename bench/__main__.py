@@ -87,7 +87,7 @@ def main(
             if path:
                 # after each case: what a run that is cut short has measured is kept
                 _write(path, {"environment": described, "results": results})
-            if device == "cuda" and not isinstance(result, str):
+            if device == "cuda":
                 # the graphs of this case hold memory that the next one may need
                 torch.cuda.empty_cache()
     if path:

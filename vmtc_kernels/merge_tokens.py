@@ -218,7 +218,7 @@ def _backward(ctx: Any, grad: Tensor, _owner: None, _sizes: None) -> tuple[Tenso
     weight = torch.where(merged, merge_weights(score, slot, grad.shape[1], ctx.weighting), 1)
     weight = torch.where(owned, weight, 0)
     wide = _wide(weight)
-    # scatter_add_ adds in any order on a GPU, index_put_ in that of the tokens
+    # on a GPU scatter_add_ adds in any order, and index_put_ sorts first
     image = torch.arange(slot.shape[0], device=slot.device)[:, None].expand_as(slot)
     total = wide.new_zeros(grad.shape[:2]).index_put_((image, slot), wide, accumulate=True)
     total = total.gather(1, slot)
