@@ -6,7 +6,11 @@ Importing this package registers the operators ``torch.ops.vmtc.*``.
 from ._registry import BackendError, Explanation, available_backends, explain, use_backend
 from ._version import __version__
 from .config import VMTCConfig
+from .focus_attention import FocusAttention, focus_attention
+from .focus_mask import focus_mask
+from .focus_scores import focus_scores
 from .kmeans import Clusters, kmeans
+from .masked_attention import MaskedAttention, masked_attention
 from .merge_tokens import MergedTokens, merge_tokens
 from .select_random import select_random
 from .select_strided import SelectedTokens, select_strided
@@ -17,13 +21,19 @@ __all__ = [
     "BackendError",
     "Clusters",
     "Explanation",
+    "FocusAttention",
+    "MaskedAttention",
     "MergedTokens",
     "SelectedTokens",
     "VMTCConfig",
     "__version__",
     "available_backends",
     "explain",
+    "focus_attention",
+    "focus_mask",
+    "focus_scores",
     "kmeans",
+    "masked_attention",
     "merge_tokens",
     "select_random",
     "select_strided",

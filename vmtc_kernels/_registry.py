@@ -136,18 +136,24 @@ def define(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    autograd: Callable[..., Any] | None = None,
+    mutates: str | None = None,
     prefer: Callable[..., tuple[str, str]] | None = None,
 ) -> Any:
     """Register operator ``vmtc::name`` and return its overload.
 
     schema: arguments and results as torch schema text, without the name.
+    setup_context, backward: the formula of the gradient, of an operator that mutates nothing.
+    autograd: what to call instead where a gradient may be asked for; with neither, the results are
+        constants to autograd.
+    mutates: the argument that is written.
     check: raises on bad arguments; runs before any backend and before the fake.
     prefer: (compute capability, *arguments) -> which of cuda and triton goes first, and why.
     """
     op = OPERATORS[name] = Operator(name, check, {"reference": reference}, prefer)
 
     _library.define(name + schema)
-    if _C is not None:
+    if torch._C._dispatch_has_kernel(f"vmtc_cpu::{name}"):
         _cpu_library.define(name + schema)
         op.implementations["cpu"] = getattr(torch.ops.vmtc_cpu, name).default
     if torch._C._dispatch_has_kernel(f"vmtc_cuda::{name}"):
@@ -158,9 +164,14 @@ def define(
     if name in _triton_operators:
         op.implementations["triton"] = functools.partial(_call_triton, name)
 
+    overload = getattr(torch.ops.vmtc, name).default
+    written = [a.name for a in overload._schema.arguments].index(mutates) if mutates else None
+
     @_without_autocast
     def run(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
+        if written is not None and len(args) > written and args[written] is not None:
+            torch.autograd.graph.increment_version(args[written])
         backend = _choose(op, args, kwargs)
         try:
             return op.implementations[backend](*args, **kwargs)
@@ -182,7 +193,25 @@ def define(
         torch.library.register_autograd(
             f"vmtc::{name}", _without_autocast(backward), setup_context=setup_context, lib=_library
         )
-    return getattr(torch.ops.vmtc, name).default
+    else:
+        _library.impl(name, _constant_or(autograd, overload), "Autograd", with_keyset=True)
+    return overload
+
+
+def _constant_or(autograd: Callable[..., Any] | None, overload: Any) -> Callable[..., Any]:
+    """The kernel of the Autograd key: ``autograd`` where a gradient may be asked for."""
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if (
+            autograd is not None
+            and torch.is_grad_enabled()
+            and any(isinstance(value, torch.Tensor) and value.requires_grad for value in args)
+        ):
+            return autograd(*args, **kwargs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    return kernel
 
 
 def _on_current_stream(overload: Any, *args: Any, **kwargs: Any) -> Any:
