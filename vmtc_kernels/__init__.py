@@ -12,6 +12,7 @@ from .focus_scores import focus_scores
 from .kmeans import Clusters, kmeans
 from .masked_attention import MaskedAttention, masked_attention
 from .merge_tokens import MergedTokens, merge_tokens
+from .paged_focus_attention import paged_focus_attention
 from .select_random import select_random
 from .select_strided import SelectedTokens, select_strided
 from .spatial_downsample import spatial_downsample
@@ -35,6 +36,7 @@ __all__ = [
     "kmeans",
     "masked_attention",
     "merge_tokens",
+    "paged_focus_attention",
     "select_random",
     "select_strided",
     "spatial_downsample",

@@ -83,30 +83,39 @@ def check_values(op: str, v: Any) -> None:
     _checks.tensor(op, "v", v, "B, G, L, dv")
 
 
-def check_attention(op: str, q: Any, k: Any, v: Any, modality: Any) -> None:
-    """q: [B, H, Lq, d]; k: [B, G, L, d]; v: [B, G, L, dv] or None where an operator has none."""
+def check_queries(op: str, q: Any, modality: Any) -> None:
+    """q: [B, H, Lq, d] and modality: u8 [B, L]."""
     _checks.tensor(op, "q", q, "B, H, Lq, d")
     _checks.floating(op, "q", q)
     _checks.nonempty_features(op, "q", q)
     if q.shape[1] == 0:
         raise ValueError(f"{op}: q must have at least one head, got {list(q.shape)}")
     check_modality(op, modality, q, "q")
-    for name, value in (("k", k), ("v", v)):
-        if name == "v" and value is None:
-            continue
-        _checks.tensor(op, name, value, "B, G, L, d" if name == "k" else "B, G, L, dv")
-        if value.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} must be {q.dtype} like q, got {value.dtype}")
-        _checks.same_device(op, name, value, q, "q")
-    _checks.nonempty_features(op, "k", k)
-    groups = k.shape[1]
+
+
+def check_like_queries(op: str, name: str, value: Tensor, q: Tensor) -> None:
+    if value.dtype != q.dtype:
+        raise TypeError(f"{op}: {name} must be {q.dtype} like q, got {value.dtype}")
+    _checks.same_device(op, name, value, q, "q")
+
+
+def check_groups(op: str, name: str, q: Tensor, groups: int) -> None:
     if groups == 0 or q.shape[1] % groups != 0:
         raise ValueError(
-            f"{op}: the {q.shape[1]} heads of q must be a multiple of those of k, got {groups}"
+            f"{op}: {name} must have heads that divide the {q.shape[1]} of q, got {groups}"
         )
-    expected = (q.shape[0], groups, modality.shape[1], q.shape[3])
+
+
+def check_attention(op: str, q: Any, k: Any, v: Any, modality: Any) -> None:
+    """q: [B, H, Lq, d]; k: [B, G, L, d]; v: [B, G, L, dv] or None where an operator has none."""
+    check_queries(op, q, modality)
+    _checks.tensor(op, "k", k, "B, G, L, d")
+    check_like_queries(op, "k", k, q)
+    check_groups(op, "k", q, k.shape[1])
+    expected = (q.shape[0], k.shape[1], modality.shape[1], q.shape[3])
     _checks.size(op, "k", k, expected, "B and d of q, L of modality")
     if v is not None:
+        check_like_queries(op, "v", v, q)
         _checks.nonempty_features(op, "v", v)
         _checks.size(op, "v", v, (*k.shape[:3], v.shape[3]), "B, G, L of k")
 

@@ -155,12 +155,12 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, modality, mask, ctx.suppression, ctx.scale, positions = inputs
-    ctx.save_for_backward(q, k, v, modality, mask, positions, output[0])
+    ctx.save_for_backward(q, k, v, modality, mask, positions)
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     """Attention once more, a block of queries at a time."""
-    q, k, v, modality, mask, positions, out = ctx.saved_tensors
+    q, k, v, modality, mask, positions = ctx.saved_tensors
     scale = q.shape[-1] ** -0.5 if ctx.scale is None else ctx.scale
     queries, share = q.shape[2], q.shape[1] // k.shape[1]
     dtype = grad_lse.dtype
@@ -185,7 +185,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | No
         upper = grad_out[:, :, rows].to(dtype)
         grad_v += weights.mT @ upper
         from_values = upper @ values.masked_fill(~seen[:, None, :, None], 0).mT
-        mean = (upper * out[:, :, rows].to(dtype)).sum(-1) - grad_lse[:, :, rows]
+        mean = (weights * from_values).sum(-1) - grad_lse[:, :, rows]
         each = scale * weights * (from_values - mean[..., None])
         grad_q[:, :, rows] = each @ keys.masked_fill(~seen[:, None, :, None], 0)
         grad_k += each.mT @ q[:, :, rows].to(dtype)

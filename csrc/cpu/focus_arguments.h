@@ -6,28 +6,46 @@
 
 namespace vmtc {
 
+// q: [B, H, Lq, d], modality: u8 [B, L]
+inline void check_queries(const at::Tensor& q, const at::Tensor& modality) {
+  check_cpu_rows(q, "q", 4);
+  TORCH_CHECK_VALUE(q.size(1) > 0 && q.size(3) > 0, "q must have heads and features, got ",
+                    q.sizes());
+  TORCH_CHECK_TYPE(modality.scalar_type() == at::kByte, "modality must be uint8, got ",
+                   modality.scalar_type());
+  TORCH_CHECK_VALUE(
+      modality.device().is_cpu() && modality.dim() == 2 && modality.size(0) == q.size(0),
+      "modality must be [B, L], got ", modality.sizes());
+  TORCH_CHECK_VALUE(
+      modality.size(1) <= std::numeric_limits<int32_t>::max() && q.size(2) <= modality.size(1),
+      "modality must have at least Lq and fewer than 2^31 positions, got ", modality.sizes());
+}
+
+inline void check_groups(const at::Tensor& q, const at::Tensor& k, int64_t groups) {
+  TORCH_CHECK_VALUE(groups > 0 && q.size(1) % groups == 0,
+                    "k must have heads that divide those of q, got ", k.sizes());
+}
+
 // q: [B, H, Lq, d], k: [B, G, L, d], v: [B, G, L, dv] or undefined
 inline void check_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                             const at::Tensor& modality) {
-  check_cpu_rows(q, "q", 4);
+  check_queries(q, modality);
   check_cpu_rows(k, "k", 4);
-  const int64_t B = q.size(0), H = q.size(1), G = k.size(1), L = modality.size(-1);
-  TORCH_CHECK_TYPE(modality.scalar_type() == at::kByte && k.scalar_type() == q.scalar_type(),
-                   "modality must be uint8 and k of the dtype of q");
-  TORCH_CHECK_VALUE(modality.device().is_cpu() && modality.dim() == 2 && modality.size(0) == B,
-                    "modality must be [B, L], got ", modality.sizes());
-  TORCH_CHECK_VALUE(L <= std::numeric_limits<int32_t>::max() && q.size(2) <= L,
-                    "modality must have at least Lq and fewer than 2^31 positions, got ", L);
-  TORCH_CHECK_VALUE(H > 0 && G > 0 && H % G == 0 && q.size(3) > 0,
-                    "q must have features, and heads that are a multiple of those of k, got ",
-                    q.sizes());
-  TORCH_CHECK_VALUE(k.sizes() == at::IntArrayRef({B, G, L, q.size(3)}),
-                    "k must be [B, G, L, d], got ", k.sizes());
+  check_groups(q, k, k.size(1));
+  TORCH_CHECK_TYPE(k.scalar_type() == q.scalar_type(), "k must have the dtype of q");
+  TORCH_CHECK_VALUE(
+      k.sizes() == at::IntArrayRef({q.size(0), k.size(1), modality.size(1), q.size(3)}),
+      "k must be [B, G, L, d], got ", k.sizes());
   if (!v.defined()) return;
   check_cpu_rows(v, "v", 4);
   TORCH_CHECK_TYPE(v.scalar_type() == q.scalar_type(), "v must have the dtype of q");
   TORCH_CHECK_VALUE(v.sizes().slice(0, 3) == k.sizes().slice(0, 3) && v.size(3) > 0,
                     "v must be [B, G, L, dv], got ", v.sizes());
+}
+
+inline void check_suppression(double suppression) {
+  TORCH_CHECK_VALUE(suppression >= 0 && suppression <= 1, "suppression must be in [0, 1], got ",
+                    suppression);
 }
 
 // contiguous i32 [B, Lq], undefined where absent

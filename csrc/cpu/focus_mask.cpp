@@ -26,7 +26,7 @@ at::Tensor focus_mask(const at::Tensor& scores_in, const at::Tensor& modality_in
   if (mask.numel() == 0) return mask;
   VMTC_DISPATCH(scores.scalar_type(), "focus_mask", [&] {
     for_each_image(B, [&](int64_t b, int64_t) {
-      const Sequence s = make_sequence(modality, positions, b, queries, modality.size(1));
+      const Sequence s = make_sequence(modality, positions, b, queries);
       const scalar_t* given = scores.const_data_ptr<scalar_t>() + b * scores.stride(0);
       auto* bits =
           reinterpret_cast<uint32_t*>(mask.mutable_data_ptr<int32_t>()) + b * M * queries * words;

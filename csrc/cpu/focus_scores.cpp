@@ -28,7 +28,7 @@ at::Tensor focus_scores(const at::Tensor& q_in, const at::Tensor& k_in,
   const int64_t most = chunk_size(o, queries, q.size(3), L);
   VMTC_DISPATCH(q.scalar_type(), "focus_scores", [&] {
     for_each_image(B, [&](int64_t b, int64_t) {
-      const Sequence s = make_sequence(modality, positions, b, queries, L);
+      const Sequence s = make_sequence(modality, positions, b, queries);
       const auto attention = attention_of<scalar_t>(q, b, {}, {}, scale, 0, 0);
       score_sequence(
           attention, o, s, most, [&](int64_t g) { return head_rows<scalar_t>(k, b, g); },

@@ -22,8 +22,7 @@ std::tuple<at::Tensor, at::Tensor> masked_attention(const at::Tensor& q_in, cons
                         (mask_in.size(1) == 1 || mask_in.size(1) == H) &&
                         mask_in.size(2) == queries,
                     "mask must be [B, 1 or H, Lq, W], got ", mask_in.sizes());
-  TORCH_CHECK_VALUE(suppression >= 0 && suppression <= 1, "suppression must be in [0, 1], got ",
-                    suppression);
+  check_suppression(suppression);
   const at::Tensor q = unit_rows(q_in), k = unit_rows(k_in), v = unit_rows(v_in);
   const at::Tensor modality = modality_in.contiguous(), mask = mask_in.contiguous();
 
@@ -32,7 +31,7 @@ std::tuple<at::Tensor, at::Tensor> masked_attention(const at::Tensor& q_in, cons
   at::Tensor lse = at::empty({B, H, queries}, at::kFloat);
   VMTC_DISPATCH(q.scalar_type(), "masked_attention", [&] {
     for_each_image(B, [&](int64_t b, int64_t) {
-      const Sequence s = make_sequence(modality, positions, b, queries, modality.size(1));
+      const Sequence s = make_sequence(modality, positions, b, queries);
       const auto attention = attention_of<scalar_t>(q, b, out, lse, scale, suppression, words);
       const auto* bits = reinterpret_cast<const uint32_t*>(mask.const_data_ptr<int32_t>()) +
                          b * M * queries * words;

@@ -44,17 +44,18 @@ std::vector<int32_t> queries_where(const Sequence& sequence, const Wanted& wante
   return found;
 }
 
-// modality: u8 [B, L], contiguous; positions: i32 [B, Lq], contiguous, or undefined; keys at or
-// beyond `end` are padding, and by default the queries are the last before it
-inline Sequence make_sequence(const at::Tensor& modality, const at::Tensor& positions, int64_t b,
-                              int64_t queries, int64_t end) {
+// modality: u8 [B, L], contiguous; positions: i32 [B, Lq], contiguous, or undefined: then the
+// queries are the last before `end`. Keys of which exists(j) is false are padding.
+template <typename Exists>
+Sequence make_sequence(const at::Tensor& modality, const at::Tensor& positions, int64_t b,
+                       int64_t queries, int64_t end, const Exists& exists) {
   const int64_t L = modality.size(1);
   const uint8_t* given = modality.const_data_ptr<uint8_t>() + b * L;
   Sequence s;
   s.kind.resize(L);
   s.real_before.resize(L + 1);
   for (int64_t j = 0; j < L; ++j) {
-    const bool known = j < end && (given[j] == text || given[j] == image);
+    const bool known = (given[j] == text || given[j] == image) && exists(j);
     s.kind[j] = known ? given[j] : uint8_t(padding);
     (s.kind[j] == text ? s.texts : s.kind[j] == image ? s.images : s.holes).push_back(j);
     s.real_before[j + 1] = s.real_before[j] + known;
@@ -62,10 +63,16 @@ inline Sequence make_sequence(const at::Tensor& modality, const at::Tensor& posi
   s.position.resize(queries);
   const int32_t* at = positions.defined() ? positions.const_data_ptr<int32_t>() : nullptr;
   for (int64_t i = 0; i < queries; ++i) {
-    const int64_t p = at ? at[b * queries + i] : std::min(end, L) - queries + i;
+    const int64_t p = at ? at[b * queries + i] : end - queries + i;
     s.position[i] = p >= 0 && p < L && s.kind[p] != padding ? p : -1;
   }
   return s;
+}
+
+inline Sequence make_sequence(const at::Tensor& modality, const at::Tensor& positions, int64_t b,
+                              int64_t queries) {
+  return make_sequence(modality, positions, b, queries, modality.size(1),
+                       [](int64_t) { return true; });
 }
 
 }  // namespace vmtc
