@@ -23,14 +23,15 @@ EXTRAS_test := test,demo,bench,transformers
 EXTRAS_bench := bench
 EXTRAS_dev := dev
 
+FOCUS := focus_scores focus_mask masked_attention focus_attention paged_focus_attention
 # the operators that the sanitizer watches
 ASAN_DIR := $(CURDIR)/build/asan
 ASAN_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
-    kmeans merge_tokens token_importance spatial_downsample select)))
+    kmeans merge_tokens token_importance spatial_downsample select $(FOCUS))))
 # what runs our C++: not the reference, and none of torch's compiler, which takes hours there
 ASAN_SELECT := cpu and not opcheck and not compiles and not exports
 GPU_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
-    kmeans merge_tokens token_importance limits triton)))
+    kmeans merge_tokens token_importance $(FOCUS) limits triton)))
 # beside libasan: without libstdc++ it does not find __cxa_throw when python starts
 ASAN_PRELOAD = $(foreach lib,libasan.so libstdc++.so,$(shell $${CXX:-g++} -print-file-name=$(lib)))
 

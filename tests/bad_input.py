@@ -16,6 +16,109 @@ BY_SCHEMA = (TypeError, RuntimeError)
 X, S, Q = torch.zeros(2, 8, 3), torch.zeros(2, 8), torch.zeros(2, 3, 8, 4)
 BOOL = torch.ones(2, 8, dtype=torch.bool)
 
+A, K, U8 = torch.zeros(2, 4, 8, 3), torch.zeros(2, 2, 8, 3), torch.ones(2, 8, dtype=torch.uint8)
+SCORES, BITS = torch.zeros(2, 1, 8, 5), torch.zeros(2, 1, 8, 1, dtype=torch.int32)
+PLACES, STATE = torch.zeros(2, 8, dtype=torch.int32), torch.zeros(2, 1, 9, 5)
+
+MODALITY: list[Refused] = [
+    ({"modality": U8[0]}, ValueError, r"modality must be \[B, L\], got shape \[8\]"),
+    ({"modality": U8.long()}, TypeError, "modality must be uint8, got torch.int64"),
+    (
+        {"modality": U8[:1]},
+        ValueError,
+        r"modality must be \[2, 8\] .B of \w+, any L., got \[1, 8\]",
+    ),
+    ({"modality": U8.to("meta")}, ValueError, "modality must be on cpu like \\w+"),
+    ({"modality": U8[:, 1:]}, ValueError, "(modality|k) must "),
+    (
+        {"query_positions": PLACES.long()},
+        TypeError,
+        "query_positions must be int32, got torch.int64",
+    ),
+    (
+        {"query_positions": PLACES[0]},
+        ValueError,
+        r"query_positions must be \[B, Lq\], got shape \[8\]",
+    ),
+    (
+        {"query_positions": PLACES[:, 1:]},
+        ValueError,
+        r"query_positions must be \[2, 8\] .a place for each query., got \[2, 7\]",
+    ),
+    ({"query_positions": PLACES.to("meta")}, ValueError, "query_positions must be on cpu like"),
+]
+QUERIES: list[Refused] = [
+    *MODALITY,
+    ({"q": A[0]}, ValueError, r"q must be \[B, H, Lq, d\], got shape \[4, 8, 3\]"),
+    ({"q": A.int()}, TypeError, "q must be float32, .* got torch.int32"),
+    ({"q": A[..., :0]}, ValueError, "q must have at least one feature"),
+    ({"q": A[:, :0]}, ValueError, r"q must have at least one head, got \[2, 0, 8, 3\]"),
+    ({"q": A[:, :3]}, ValueError, r"k must have heads that divide the 3 of q, got 2"),
+    ({"k": K[0]}, ValueError, r"k must be \[B, G, L, d\], got shape \[2, 8, 3\]"),
+    ({"k": K.half()}, TypeError, "k must be torch.float32 like q, got torch.float16"),
+    ({"k": K[:, :0]}, ValueError, r"k must have heads that divide the 4 of q, got 0"),
+    ({"k": K[:, :, 1:]}, ValueError, r"k must be \[2, 2, 8, 3\] .*, got \[2, 2, 7, 3\]"),
+    ({"k": K[..., 1:]}, ValueError, r"k must be \[2, 2, 8, 3\] .*, got \[2, 2, 8, 2\]"),
+    ({"k": K.to("meta")}, ValueError, "k must be on cpu like q, got a tensor on meta"),
+    ({"scale": "x"}, BY_SCHEMA, "'scale'.*str"),
+]
+VALUES: list[Refused] = [
+    ({"v": K[0]}, ValueError, r"v must be \[B, G, L, dv\], got shape \[2, 8, 3\]"),
+    ({"v": K.half()}, TypeError, "v must be torch.float32 like q, got torch.float16"),
+    ({"v": K[:, 1:]}, ValueError, r"v must be \[2, 2, 8, 3\] .B, G, L of k., got \[2, 1, 8, 3\]"),
+    ({"v": K[..., :0]}, ValueError, "v must have at least one feature"),
+    ({"v": K.to("meta")}, ValueError, "v must be on cpu like q, got a tensor on meta"),
+    ({"suppression": -0.5}, ValueError, r"suppression must be in \[0, 1\], got -0.5"),
+    ({"suppression": 2.0}, ValueError, r"suppression must be in \[0, 1\], got 2.0"),
+]
+SCORING: list[Refused] = [
+    ({"num_image": -1}, ValueError, "num_image must be at least 0, got -1"),
+    ({"num_image": 1.5}, BY_SCHEMA, "'num_image'.*float"),
+    (
+        {"aggregate": "sum"},
+        ValueError,
+        r"aggregate must be one of \['product', 'residual'\], got 'sum'",
+    ),
+    (
+        {"head_mode": "max"},
+        ValueError,
+        r"head_mode must be one of \['mean', 'per_head'\], got 'max'",
+    ),
+    ({"text_image": STATE[0]}, ValueError, r"text_image must be \[B, M, L_max, I\], got shape"),
+    (
+        {"text_image": STATE.half()},
+        TypeError,
+        "text_image must be torch.float32, got torch.float16",
+    ),
+    (
+        {"text_image": STATE, "head_mode": "per_head"},
+        ValueError,
+        r"text_image must be \[2, 4, 9, 5\] .*, got \[2, 1, 9, 5\]",
+    ),
+    ({"text_image": STATE[..., 1:]}, ValueError, r"text_image must be \[2, 1, 9, 5\] .*, got"),
+    ({"text_image": STATE[:, :, 2:]}, ValueError, "text_image must have a row for each of the 8"),
+    ({"text_image": STATE.to("meta")}, ValueError, "text_image must be on cpu like q"),
+    ({"q": A[:, :, 1:]}, ValueError, r"text_image must be given .* .Lq=7, L=8."),
+]
+RULES: list[Refused] = [
+    ({"keep_ratio": None}, ValueError, "exactly one of keep_ratio and threshold must be given"),
+    ({"threshold": 0.5}, ValueError, "exactly one of .* got keep_ratio=0.5 and threshold=0.5"),
+    ({"keep_ratio": 0.0}, ValueError, r"keep_ratio must be in \(0, 1\], got 0.0"),
+    ({"keep_ratio": 1.5}, ValueError, r"keep_ratio must be in \(0, 1\], got 1.5"),
+    (
+        {"keep_ratio": None, "threshold": 1.0},
+        ValueError,
+        r"threshold must be in \[0, 1\), got 1.0",
+    ),
+    (
+        {"keep_ratio": None, "threshold": -0.5},
+        ValueError,
+        r"threshold must be in \[0, 1\), got -0.5",
+    ),
+    ({"min_keep": 0}, ValueError, "min_keep must be at least 1, got 0"),
+    ({"keep_ratio": "x"}, BY_SCHEMA, "'keep_ratio'.*str"),
+]
+
 TOKENS: list[Refused] = [
     ({"x": X[0]}, ValueError, r"x must be \[B, N, D\], got shape \[8, 3\]"),
     ({"x": X.int()}, TypeError, "x must be float32, float16, bfloat16 or float64, got torch.int32"),
@@ -173,4 +276,39 @@ BAD: dict[str, tuple[dict[str, Any], list[Refused]]] = {
         ],
     ),
     "select_strided": ({"x": X, "num_tokens": 2}, [*TOKENS, *VALID, *SELECTION]),
+    "focus_scores": ({"q": A, "k": K, "modality": U8, "num_image": 5}, [*QUERIES, *SCORING]),
+    "focus_mask": (
+        {"scores": SCORES, "modality": U8, "keep_ratio": 0.5},
+        [
+            *MODALITY,
+            *RULES,
+            ({"scores": SCORES[0]}, ValueError, r"scores must be \[B, M, Lq, I\], got shape"),
+            ({"scores": SCORES.int()}, TypeError, "scores must be float32, .* got torch.int32"),
+            ({"scores": SCORES[:, :0]}, ValueError, "scores must have at least one head"),
+        ],
+    ),
+    "masked_attention": (
+        {"q": A, "k": K, "v": K, "modality": U8, "mask": BITS},
+        [
+            *QUERIES,
+            *VALUES,
+            ({"mask": BITS[0]}, ValueError, r"mask must be \[B, M, Lq, W\], got shape \[1, 8, 1\]"),
+            ({"mask": BITS.long()}, TypeError, "mask must be int32, got torch.int64"),
+            (
+                {"mask": BITS.expand(2, 2, 8, 1)},
+                ValueError,
+                "mask must have 1 head or the 4 of q, got 2",
+            ),
+            (
+                {"mask": BITS[:, :, 1:]},
+                ValueError,
+                r"mask must be \[2, 1, 8, 1\] .*, got \[2, 1, 7",
+            ),
+            ({"mask": BITS.to("meta")}, ValueError, "mask must be on cpu like q"),
+        ],
+    ),
+    "focus_attention": (
+        {"q": A, "k": K, "v": K, "modality": U8, "num_image": 5, "keep_ratio": 0.5},
+        [*QUERIES, *VALUES, *SCORING, *RULES],
+    ),
 }

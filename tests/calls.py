@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from cases import normal, ragged, uniform
+from sequences import attention_inputs, random_bits, sequences
 from torch import Tensor
 
 Call = Callable[[int, int, torch.dtype], dict[str, Any]]
@@ -19,6 +20,10 @@ def queries_and_keys(
     *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Tensor]:
     return {name: normal(*shape, dtype=dtype, seed=seed + i) for i, name in enumerate("qk")}
+
+
+def without(arguments: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key: value for key, value in arguments.items() if key != name}
 
 
 CALLS: dict[str, dict[str, Call]] = {
@@ -117,6 +122,61 @@ CALLS: dict[str, dict[str, Call]] = {
             "x": normal(B, N, 17, dtype=dtype),
             "num_tokens": 30,
             "valid": ragged(B, N),
+        },
+    },
+    "focus_scores": {
+        "mean": lambda B, N, dtype: {
+            **without(attention_inputs(B, 4, 2, N, 16, dtype=dtype), "v"),
+            "num_image": N // 2,
+        },
+        "per head, residual": lambda B, N, dtype: {
+            **without(attention_inputs(B, 2, 1, N, 5, dtype=dtype, seed=3, first=1), "v"),
+            "num_image": N // 3,
+            "aggregate": "residual",
+            "head_mode": "per_head",
+            "renormalize": False,
+            "scale": 0.3,
+        },
+    },
+    "focus_mask": {
+        "ratio": lambda B, N, dtype: {
+            "scores": uniform(B, 1, N, N // 2, dtype=dtype),
+            "modality": sequences(B, N),
+            "keep_ratio": 0.3,
+        },
+        "threshold": lambda B, N, dtype: {
+            "scores": normal(B, 2, N, N, dtype=dtype),
+            "modality": sequences(B, N, 2),
+            "threshold": 0.5,
+            "min_keep": 3,
+        },
+    },
+    "masked_attention": {
+        "one mask": lambda B, N, dtype: {
+            **attention_inputs(B, 4, 2, N, 16, dtype=dtype),
+            "mask": random_bits(B, 1, N, 1),
+        },
+        "per head, suppressed": lambda B, N, dtype: {
+            **attention_inputs(B, 2, 2, N, 8, dv=5, dtype=dtype, seed=3, first=1),
+            "mask": random_bits(B, 2, N, 2),
+            "suppression": 0.25,
+            "scale": -0.4,
+        },
+    },
+    "focus_attention": {
+        "ratio": lambda B, N, dtype: {
+            **attention_inputs(B, 4, 2, N, 16, dtype=dtype),
+            "num_image": N // 2,
+            "keep_ratio": 0.4,
+        },
+        "threshold, per head, suppressed": lambda B, N, dtype: {
+            **attention_inputs(B, 2, 1, N, 8, dv=5, dtype=dtype, seed=3, first=1),
+            "num_image": N // 3,
+            "threshold": 0.9,
+            "min_keep": 2,
+            "head_mode": "per_head",
+            "aggregate": "residual",
+            "suppression": 0.25,
         },
     },
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import _checks, _modality, _registry
 from .focus_mask import unpack
-from .focus_scores import logits
+from .focus_scores import logits, softmax
 
 # queries a block when attention is recomputed for the gradient
 _BLOCK = 128
@@ -87,11 +87,13 @@ def _weights(
     index = rank.clamp(max=max(count - 1, 0))[:, None, None].expand(*mask.shape[:3], length)
     inhibited = by_rank.gather(-1, index) & ranked if count else ranked & False
     each = logits(q, k, scale)
-    each = each + torch.where(inhibited, math.log(suppression) if suppression else -math.inf, 0.0)
+    less = math.log(suppression) if suppression else -math.inf
+    each = torch.where(inhibited, each + less, each)
     each = each.masked_fill(~at.visible[:, None], -torch.inf)
-    lse = each.logsumexp(-1) if length else each.new_full(each.shape[:3], -torch.inf)
-    finite = lse.masked_fill(lse == -torch.inf, 0)
-    return (each - finite[..., None]).exp(), lse, at.visible.any(1)
+    if not length:
+        return each, each.new_full(each.shape[:3], -torch.inf), at.visible.any(1)
+    # not exp(each - lse): the sum would be rounded to what float32 tells apart at the largest logit
+    return softmax(each, each > -torch.inf), each.logsumexp(-1), at.visible.any(1)
 
 
 def reference(

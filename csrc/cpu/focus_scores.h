@@ -30,11 +30,12 @@ struct ScoreOptions {
 constexpr int64_t COLUMNS = 512;
 
 // logits [H, count, step] of the queries to every key before `end`, -inf where they do not see it,
-// and lse [H, count]. keys(g): the rows of a group.
+// and for each query the largest and 1 / sum of exp(logit - largest) [H, count]. Their logarithm as
+// one number would be rounded to what float32 tells apart at the largest. keys(g): of a group.
 template <typename scalar_t, typename Keys>
 void text_logits(const Attention<scalar_t>& attention, const ScoreOptions& o, const Sequence& s,
                  const int32_t* queries, int64_t count, int64_t end, const Keys& keys,
-                 float* logits, int64_t step, float* lse) {
+                 float* logits, int64_t step, float* largest, float* inverse) {
   const int64_t share = o.heads / o.groups;
   at::parallel_for(0, o.groups, 1, [&](int64_t first, int64_t last) {
     std::vector<float> storage;
@@ -62,7 +63,8 @@ void text_logits(const Attention<scalar_t>& attention, const ScoreOptions& o, co
                 const rows::Vec weight = (rows::load(each + begin + j, n) - rows::Vec(top)).exp();
                 return sum + (n == rows::W ? weight : rows::Vec::set(rows::Vec(0.f), weight, n));
               });
-        lse[g * share * count + i] = top + std::log(total);
+        largest[g * share * count + i] = top;
+        inverse[g * share * count + i] = 1 / total;
       }
     }
   });
@@ -71,8 +73,8 @@ void text_logits(const Attention<scalar_t>& attention, const ScoreOptions& o, co
 // Attention to text, compact by rank [M, count, T], and to images, into the rows of text_image of
 // the queries themselves.
 inline void average(const ScoreOptions& o, const Sequence& s, const int32_t* queries, int64_t count,
-                    int64_t end, const float* logits, int64_t step, const float* lse,
-                    float* to_text, int64_t T, const TextImage& state) {
+                    int64_t end, const float* logits, int64_t step, const float* largest,
+                    const float* inverse, float* to_text, int64_t T, const TextImage& state) {
   const int64_t pieces = (end + COLUMNS - 1) / COLUMNS, summed = o.heads / o.matrices();
   at::parallel_for(
       0, o.matrices() * count * pieces, grain(summed * COLUMNS), [&](int64_t first, int64_t last) {
@@ -83,10 +85,11 @@ inline void average(const ScoreOptions& o, const Sequence& s, const int32_t* que
           std::fill_n(mean, n_keys, 0.f);
           for (int64_t h = m * summed; h < (m + 1) * summed; ++h) {
             const float* x = logits + (h * count + i) * step + begin;
-            const rows::Vec total(lse[h * count + i]);
+            const rows::Vec top(largest[h * count + i]), part(inverse[h * count + i]);
             rows::each_vector(n_keys, [&](int64_t j, int64_t n) {
-              rows::store(rows::load(mean + j, n) + (rows::load(x + j, n) - total).exp(), mean + j,
-                          n);
+              rows::store(
+                  at::vec::fmadd((rows::load(x + j, n) - top).exp(), part, rows::load(mean + j, n)),
+                  mean + j, n);
             });
           }
           rows::scale(mean, 1.f / summed, mean, n_keys);
@@ -181,7 +184,7 @@ void score_sequence(const Attention<scalar_t>& attention, const ScoreOptions& o,
   const int64_t last = s.position[texts.back()] + 1, T = s.texts_until(last - 1);
   most = (all + (all + most - 1) / most - 1) / ((all + most - 1) / most);  // of equal size
   at::Tensor logits = at::empty({o.heads * most * last}, at::kFloat);
-  at::Tensor lse = at::empty({o.heads * most}, at::kFloat);
+  at::Tensor sums = at::empty({2, o.heads * most}, at::kFloat);
   at::Tensor to_text = at::empty({M * most * T}, at::kFloat);
   at::Tensor scores = at::empty({M * most * o.num_image}, at::kFloat);
   at::Tensor own;
@@ -197,9 +200,10 @@ void score_sequence(const Attention<scalar_t>& attention, const ScoreOptions& o,
     const int64_t count = std::min(most, all - begin);
     const int64_t end = s.position[queries[count - 1]] + 1, seen = s.texts_until(end - 1);
     float* x = logits.mutable_data_ptr<float>();
-    text_logits(attention, o, s, queries, count, end, keys, x, end, lse.mutable_data_ptr<float>());
+    float *largest = sums.mutable_data_ptr<float>(), *inverse = largest + o.heads * most;
+    text_logits(attention, o, s, queries, count, end, keys, x, end, largest, inverse);
     float* text_rows = to_text.mutable_data_ptr<float>();
-    average(o, s, queries, count, end, x, end, lse.const_data_ptr<float>(), text_rows, seen, state);
+    average(o, s, queries, count, end, x, end, largest, inverse, text_rows, seen, state);
     aggregate(o, s, queries, count, text_rows, seen, state, scores.mutable_data_ptr<float>());
     then(queries, count, end, x, scores.const_data_ptr<float>());
   }
