@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from . import (
+    bench_focus_attention,
     bench_merge_tokens,
     bench_token_importance,
     environment,
@@ -27,7 +28,11 @@ from . import (
 
 # each has SETUPS, and case(setup), which makes the data and the expected result
 SUITES: dict[str, dict[str, ModuleType]] = {
-    "cpu": {"merge_tokens": bench_merge_tokens, "token_importance": bench_token_importance},
+    "cpu": {
+        "merge_tokens": bench_merge_tokens,
+        "token_importance": bench_token_importance,
+        "focus_attention": bench_focus_attention,
+    },
     "cuda": {
         "merge_tokens": gpu_merge_tokens,
         "token_importance": gpu_token_importance,
