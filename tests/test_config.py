@@ -1,4 +1,4 @@
-"""VMTCConfig: its checks, its counts, and that it calls the operators it names."""
+"""VMTCConfig and CMAIConfig: their checks, and that they call the operators they name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from typing import Any
 import pytest
 import torch
 from cases import assert_close, assert_same_bits, normal, ragged, uniform
+from sequences import attention_inputs
 
-from vmtc_kernels import VMTCConfig, merge_tokens, token_importance
+from vmtc_kernels import (
+    CMAIConfig,
+    FocusAttention,
+    VMTCConfig,
+    focus_attention,
+    merge_tokens,
+    token_importance,
+)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +126,74 @@ def test_merge_is_merge_tokens(backend: str, metric: str, weighting: str) -> Non
         assert_same_bits(
             config.merge(x, scores, **more), merge_tokens(x, scores, 8, 3, **options, **more)
         )
+
+
+CMAI_REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"keep_ratio": None}, ValueError, "exactly one of keep_ratio and threshold"),
+    ({"threshold": 0.5}, ValueError, "exactly one of keep_ratio and threshold"),
+    ({"keep_ratio": 0.0}, ValueError, r"keep_ratio must be in \(0, 1\]"),
+    ({"keep_ratio": None, "threshold": 1.0}, ValueError, r"threshold must be in \[0, 1\)"),
+    ({"min_keep": 0}, ValueError, "min_keep must be at least 1"),
+    ({"aggregate": "sum"}, ValueError, "aggregate must be one of"),
+    ({"head_mode": "max"}, ValueError, "head_mode must be one of"),
+    ({"suppression": 1.5}, ValueError, r"suppression must be in \[0, 1\]"),
+    ({"layers": (0.5,)}, TypeError, "layers must be ints, got 0.5"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), CMAI_REFUSED)
+def test_cmai_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        CMAIConfig(**change)
+
+
+def test_cmai_layers() -> None:
+    assert all(CMAIConfig().applies(i, 4) for i in range(4))
+    some = CMAIConfig(layers=(0, -1))
+    assert [some.applies(i, 4) for i in range(4)] == [True, False, False, True]
+    with pytest.raises(ValueError, match=r"layers \[7\] are not among 4 layers"):
+        CMAIConfig(layers=(1, 7)).applies(0, 4)
+
+
+OTHERS: list[dict[str, Any]] = [
+    {},
+    {"keep_ratio": None, "threshold": 0.8, "aggregate": "residual", "head_mode": "per_head"},
+    {"min_keep": 3, "renormalize": False, "suppression": 0.25},
+]
+
+
+@pytest.mark.parametrize("settings", OTHERS, ids=str)
+def test_cmai_attention_is_focus_attention(backend: str, settings: dict[str, Any]) -> None:
+    given, config = attention_inputs(3, 2, 1, 24, 8), CMAIConfig(**settings)
+    options = {"keep_ratio": 0.5, **settings}
+    assert_same_bits(
+        config.attention(**given, num_image=12), focus_attention(**given, num_image=12, **options)
+    )
+    whole = config.attention(**given, num_image=12, return_lse=True, return_mask=True)
+    assert isinstance(whole, FocusAttention) and whole.scores is None
+
+
+def test_cmai_of_one_phase_is_plain_in_the_other(backend: str) -> None:
+    given = attention_inputs(3, 2, 1, 24, 8)
+    for prefill in (True, False):
+        config = CMAIConfig(prefill=prefill, decode=not prefill, keep_ratio=0.2)
+        state = config.text_image(3, 2, 24, 12)
+        prompt = {
+            "q": given["q"][:, :, :23],
+            **{name: given[name][:, :, :23] for name in "kv"},
+            "modality": given["modality"][:, :23],
+        }
+        first = config.attention(**prompt, num_image=12, text_image=state)
+        options = {"keep_ratio": 0.2, "suppression": 0.0 if prefill else 1.0}
+        assert_same_bits(first, focus_attention(**prompt, num_image=12, **options))
+        step = {**given, "q": given["q"][:, :, 23:]}
+        second = config.attention(**step, num_image=12, text_image=state)
+        whole = focus_attention(
+            **given, num_image=12, keep_ratio=0.2, suppression=1.0 if prefill else 0.0
+        )
+        assert_close(second, whole[:, :, 23:])
+
+
+def test_cmai_state() -> None:
+    assert CMAIConfig().text_image(2, 4, 9, 5).shape == (2, 1, 9, 5)
+    assert CMAIConfig(head_mode="per_head").text_image(2, 4, 9, 5).shape == (2, 4, 9, 5)

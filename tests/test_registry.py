@@ -298,7 +298,7 @@ def test_explanation_reads_as_a_table() -> None:
 
 
 def test_explain_refuses_what_is_not_an_operator() -> None:
-    listed = "explain: op must be one of .*'kmeans', 'merge_tokens'.*, got"
+    listed = "explain: op must be one of .*'kmeans', 'masked_attention', 'merge_tokens'.*, got"
     for op, got in [("meanshift", "'meanshift'"), (torch.relu, "'relu'"), (3, "'3'")]:
         with pytest.raises(ValueError, match=f"{listed} {got}"):
             explain(op, X)

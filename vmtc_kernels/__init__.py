@@ -5,7 +5,7 @@ Importing this package registers the operators ``torch.ops.vmtc.*``.
 
 from ._registry import BackendError, Explanation, available_backends, explain, use_backend
 from ._version import __version__
-from .config import VMTCConfig
+from .config import CMAIConfig, VMTCConfig
 from .focus_attention import FocusAttention, focus_attention
 from .focus_mask import focus_mask
 from .focus_scores import focus_scores
@@ -20,6 +20,7 @@ from .token_importance import token_importance
 
 __all__ = [
     "BackendError",
+    "CMAIConfig",
     "Clusters",
     "Explanation",
     "FocusAttention",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from . import _checks
+from . import _checks, _modality
+from .focus_attention import FocusAttention, focus_attention
 from .kmeans import METRICS
 from .merge_tokens import WEIGHTINGS, MergedTokens, merge_tokens
 from .token_importance import token_importance
@@ -106,4 +108,111 @@ class VMTCConfig:
             weighting=self.weighting,
             features=features,
             valid=valid,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CMAIConfig:
+    """Which text-image pairs are inhibited, in which layers and phases.
+
+    Attributes:
+        keep_ratio: share of the visible image tokens that each text token keeps, in (0, 1], or None
+            (not known; 0.5).
+        threshold: instead of it, the share of a text token's largest focus score below which a pair
+            is inhibited, in [0, 1) (not known).
+        min_keep: image tokens that every text token keeps (ours; 1).
+        aggregate: ``"product"``, text-to-image attention aggregated by text-to-text attention
+            (the abstract), or ``"residual"``, which adds that to the token's own (a reading of
+            summaries).
+        head_mode: ``"mean"``, one decision for all heads, or ``"per_head"`` (not known).
+        renormalize: divide each row of text-to-text attention by its sum (not known; ours).
+        suppression: in [0, 1], what the weight of an inhibited pair is multiplied by: 0 removes it,
+            as the modified causal mask does (reported).
+        layers: the layers that inhibit, counted as in a Python list; None for all (not known).
+        prefill, decode: whether pairs are inhibited while the prompt is read, and while tokens are
+            generated (not known; both).
+    """
+
+    keep_ratio: float | None = 0.5
+    threshold: float | None = None
+    min_keep: int = 1
+    aggregate: str = "product"
+    head_mode: str = "mean"
+    renormalize: bool = True
+    suppression: float = 0.0
+    layers: tuple[int, ...] | None = None
+    prefill: bool = True
+    decode: bool = True
+
+    def __post_init__(self) -> None:
+        name = "CMAIConfig"
+        _modality.check_selection(name, self.keep_ratio, self.threshold, self.min_keep)
+        _checks.option(name, "aggregate", self.aggregate, _modality.AGGREGATES)
+        _checks.option(name, "head_mode", self.head_mode, _modality.HEAD_MODES)
+        _modality.check_suppression(name, self.suppression)
+        for layer in self.layers or ():
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise TypeError(f"{name}: layers must be ints, got {layer!r}")
+
+    def applies(self, layer: int, num_layers: int) -> bool:
+        """Whether layer ``layer``, counted from 0, of ``num_layers`` is one of ``layers``."""
+        if self.layers is None:
+            return True
+        outside = [i for i in self.layers if not -num_layers <= i < num_layers]
+        if outside:
+            raise ValueError(f"CMAIConfig: layers {outside} are not among {num_layers} layers")
+        return layer in {i % num_layers for i in self.layers}
+
+    def text_image(
+        self,
+        batch: int,
+        heads: int,
+        positions: int,
+        num_image: int,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """A new state for `attention` of one layer: f32 ``[batch, M, positions, num_image]``."""
+        matrices = 1 if self.head_mode == "mean" else heads
+        return torch.zeros(batch, matrices, positions, num_image, device=device)
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        modality: Tensor,
+        num_image: int,
+        *,
+        scale: float | None = None,
+        text_image: Tensor | None = None,
+        query_positions: Tensor | None = None,
+        return_lse: bool = False,
+        return_scores: bool = False,
+        return_mask: bool = False,
+    ) -> Tensor | FocusAttention:
+        """`focus_attention` under these settings; a single query counts as decode.
+
+        In a phase that does not inhibit it is plain attention, which keeps ``text_image`` up to
+        date for the other phase.
+        """
+        inhibits = self.decode if q.shape[2] == 1 else self.prefill
+        return focus_attention(
+            q,
+            k,
+            v,
+            modality,
+            num_image,
+            keep_ratio=self.keep_ratio,
+            threshold=self.threshold,
+            aggregate=self.aggregate,
+            head_mode=self.head_mode,
+            renormalize=self.renormalize,
+            min_keep=self.min_keep,
+            suppression=self.suppression if inhibits else 1.0,
+            scale=scale,
+            text_image=text_image,
+            query_positions=query_positions,
+            return_lse=return_lse,
+            return_scores=return_scores,
+            return_mask=return_mask,
         )
