@@ -17,6 +17,7 @@ from . import (
     bench_merge_tokens,
     bench_token_importance,
     environment,
+    gpu_focus_attention,
     gpu_kmeans,
     gpu_merge_tokens,
     gpu_sweep,
@@ -36,6 +37,7 @@ SUITES: dict[str, dict[str, ModuleType]] = {
     "cuda": {
         "merge_tokens": gpu_merge_tokens,
         "token_importance": gpu_token_importance,
+        "focus_attention": gpu_focus_attention,
         "kmeans": gpu_kmeans,
         "sweep": gpu_sweep,
     },

@@ -110,6 +110,8 @@ pytest() {
 pytest gpu-tests 90 240 "${alone[@]}" -k 'test_gpu or triton or cuda' tests/test_gpu.py tests/test_limits.py
 # opcheck, compilation and export ask little of a kernel and take much of the time: they come last
 operators=(tests/test_{token_importance,kmeans,merge_tokens,triton}.py)
+operators+=(tests/test_{focus_scores,focus_mask,masked_attention,focus_attention}.py)
+operators+=(tests/test_paged_focus_attention.py)
 slow='opcheck or compiles or exports'
 pytest operator-tests 75 180 "${jobs[@]}" -k "(triton or cuda) and not ($slow)" "${operators[@]}"
 pytest compile-tests 75 150 "${jobs[@]}" -k "(triton or cuda) and ($slow)" "${operators[@]}"
@@ -136,9 +138,10 @@ benchmark() {
     phase "benchmark $1" "$2" "$3" bench.log "$python" -m bench --device cuda --quick \
         --out "$scratch/bench-$number-$1.json" "$1"
 }
-benchmark token_importance 30 75
-benchmark kmeans 40 60
-benchmark merge_tokens 120 30
+benchmark focus_attention 75 75
+benchmark token_importance 30 60
+benchmark kmeans 40 45
+benchmark merge_tokens 120 25
 benchmark sweep 120 8
 
 # no file may be too large to be carried away; its end says most

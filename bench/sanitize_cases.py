@@ -60,9 +60,45 @@ def cases(device: str, dtype: torch.dtype) -> Iterator[tuple[str, str, dict[str,
     q, k = (normal(2, 3, 67, 24, dtype=dtype) for _ in range(2))
     for cls_index in (0, 66, None):
         yield "token_importance", f"{cls_index=}", {"q": q, "k": k, "cls_index": cls_index}
+    yield from focus_cases(normal, device, dtype)
     yield "spatial_downsample", "ragged edge", {"x": x, "grid": (5, 9), "factor": 2}
     for name in ("select_random", "select_strided"):
         yield name, "ragged", {"x": x, "num_tokens": 30, "valid": some}
+
+
+def focus_cases(
+    normal: Make, device: str, dtype: torch.dtype
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Text, images, padding; prefill, a chunk, decode; whole and per head."""
+    L, images = 77, 40
+    modality = torch.ones(2, L, dtype=torch.uint8)
+    modality[0, 9:49], modality[1, :5], modality[1, 20:33], modality[1, 40:60] = 2, 0, 2, 2
+    modality = modality.to(device)
+    k, v = normal(2, 2, L, 40, dtype=dtype), normal(2, 2, L, 24, dtype=dtype)
+    for queries in (L, 19, 1):
+        for head_mode, rule in (("mean", {"keep_ratio": 0.3}), ("per_head", {"threshold": 0.7})):
+            heads = 1 if head_mode == "mean" else 4
+            q, state = normal(2, 4, queries, 40, dtype=dtype), normal(2, heads, L, images).abs()
+            shared = {"modality": modality, "text_image": state, "num_image": images}
+            shared["head_mode"] = head_mode
+            what = f"{queries} queries, {head_mode}"
+            yield "focus_scores", what, {"q": q, "k": k, **shared}
+            yield "focus_attention", what, {"q": q, "k": k, "v": v, **shared, **rule}
+            scores = normal(2, heads, queries, images, dtype=dtype)
+            yield "focus_mask", what, {"scores": scores, "modality": modality, **rule}
+            bits = torch.randint(-(2**31), 2**31, (2, heads, queries, 2)).int().to(device)
+            attention = {"q": q, "k": k, "v": v, "modality": modality, "mask": bits}
+            yield "masked_attention", what, attention
+            if queries == L:
+                continue
+            blocks = torch.randperm(2 * 10).view(2, 10).int().to(device)
+            caches = {
+                "k_cache": normal(20, 8, 2, 40, dtype=dtype),
+                "v_cache": normal(20, 8, 2, 24, dtype=dtype),
+                "block_table": blocks,
+                "seq_lens": torch.tensor([L, 50], dtype=torch.int32, device=device),
+            }
+            yield "paged_focus_attention", what, {"q": q, **caches, **shared, **rule}
 
 
 def main(

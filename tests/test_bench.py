@@ -25,6 +25,7 @@ from rich.console import Console
 
 from bench import (
     __main__,
+    bench_focus_attention,
     bench_merge_tokens,
     bench_token_importance,
     clustering,
@@ -35,6 +36,7 @@ from bench import (
     runner,
     timing,
 )
+from bench.focus import Setup as Focus
 
 TINY = bench_merge_tokens.Setup("field", D=32, B=2, N=64, P=16, K=4)
 
@@ -68,6 +70,20 @@ def test_every_installed_provider_agrees_and_is_timed(case):
         assert (line.ms is not None) == (line.status == "ok")
     assert row(result, "torch Gram").ms["p20"] <= row(result, "torch Gram").ms["p80"]
     assert row(result, "merge_tokens, reference").status == "ok"
+
+
+FOCUS = Focus(B=2, H=4, G=2, d=16, before=5, images=30, after=9)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_focus_attention_is_judged_and_timed(phase):
+    case = bench_focus_attention.case(dataclasses.replace(FOCUS, phase=phase))
+    result = run(case)
+    assert all(line.status == "ok" for line in result.rows), result.rows
+    wrong = run(spoil(case, "torch, eager", lambda out: out.roll(1, 1)))
+    assert row(wrong, "torch, eager").status == "failed"
+    shorter = run(spoil(case, "torch, eager", lambda out: out[:, 1:]))
+    assert "shape" in row(shorter, "torch, eager").detail
 
 
 def test_missing_provider_is_listed_with_its_reason(case):
@@ -250,5 +266,5 @@ def test_company_is_noticed():
 
 
 def test_unknown_suite_is_refused():
-    with pytest.raises(typer.BadParameter, match="merge_tokens, token_importance, got bananas"):
+    with pytest.raises(typer.BadParameter, match="token_importance, focus_attention, got bananas"):
         __main__.main(["bananas"])
