@@ -1,4 +1,5 @@
-"""The `vmtc` command: `vmtc demo` draws what merging does to a photograph, `vmtc info` reports.
+"""The `vmtc` command: `vmtc demo` draws what merging does to a photograph, `vmtc focus` what a text
+token looks at in it, `vmtc info` reports.
 
 Needs the extra ``demo``, imported on demand so that its absence can be said in one line.
 """
@@ -17,7 +18,7 @@ import torch
 
 from . import _registry
 from ._version import __version__
-from .config import VMTCConfig
+from .config import CMAIConfig, VMTCConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _EXTRA = ("typer", "rich", "matplotlib", "PIL", "skimage")
 _MAX_RUNS, _MAX_SECONDS = 50, 1.0
+_PROMPT = "What is shown in this picture?"
+_CREDIT = "Photograph: SpaceX, public domain, from scikit-image."
 
 
 def main() -> None:
@@ -77,6 +80,47 @@ def application() -> "Typer":
             raise typer.Exit(2) from None
 
     @app.command()
+    def focus(
+        image: Annotated[
+            Path | None, option(help="A photograph; else one that ships in scikit-image.")
+        ] = None,
+        model: Annotated[
+            str | None, option(help="Folder or id of a LLaVA model (extra 'transformers').")
+        ] = None,
+        prompt: Annotated[str, option(help="A question on the picture.")] = _PROMPT,
+        token: Annotated[
+            str | None,
+            option(
+                help="Text token after the image: -1 for the last, -2, ..., or a piece of the text,"
+                " of which the last token counts.",
+                show_default="-1, where the answer starts",
+            ),
+        ] = None,
+        layer: Annotated[
+            int | None,
+            option(
+                help="Text layer, from 0, or from the end if negative. No source says which.",
+                show_default="the middle one",
+            ),
+        ] = None,
+        keep_ratio: Annotated[
+            float | None,
+            option(help="Share of the image tokens that stay.", show_default="0.5"),
+        ] = None,
+        threshold: Annotated[
+            float | None,
+            option(help="Instead: share of the highest focus score below which none stays."),
+        ] = None,
+        out: Annotated[Path, option(help="The PNG to write.")] = Path("vmtc-focus.png"),
+    ) -> None:
+        """Draw which parts of a photograph a text token focuses on, and which CMAI inhibits."""
+        try:
+            _focus(image, model, prompt, token, layer, (keep_ratio, threshold), out)
+        except InputError as error:
+            typer.echo(f"vmtc: {error}", err=True)
+            raise typer.Exit(2) from None
+
+    @app.command()
     def info() -> None:
         """Print versions, build flags, and which backends run here."""
         _info()
@@ -110,12 +154,58 @@ def _demo(
         step("time per image")
         facts = _facts(photo, patch, tokens, config)
         step("rebuilding")
-        credit = "" if image else "Photograph: SpaceX, public domain, from scikit-image."
-        demo = make_demo(photo, patch, tokens, config, credit)
+        demo = make_demo(photo, patch, tokens, config, "" if image else _CREDIT)
         step("drawing")
         draw(demo, out)
     console.print(_table(facts))
     console.print(_errors(demo.rebuilt))
+    console.print(Text(f"Picture: {out}"), soft_wrap=True)
+
+
+def _focus(
+    image: Path | None,
+    model: str | None,
+    prompt: str,
+    token: str | None,
+    layer: int | None,
+    rule: tuple[float | None, float | None],
+    out: Path,
+) -> None:
+    """rule: keep_ratio and threshold, at most one of them."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from .patches import InputError, load_photo
+
+    _check_out(out)
+    keep_ratio, threshold = (0.5, None) if rule == (None, None) else rule
+    config = _checked(CMAIConfig, keep_ratio=keep_ratio, threshold=threshold)
+    if model is None:
+        raise InputError("--model is needed: the folder or id of a LLaVA model")
+    from .focus_picture import draw, summary
+    from .llava import Llava, choose
+
+    console, terminal = Console(highlight=False), Console(stderr=True)
+    # what the terminal shows while a model loads and reads is gone afterwards
+    with terminal.status("loading the model") as status:
+        llava = Llava(model)
+        photo = load_photo(image, llava.size)
+        status.update("reading the photograph")
+        focus = llava.focus(photo, prompt, config, layer)
+        chosen = choose(focus.words, token)
+        status.update("drawing")
+        draw(focus, chosen, out, "" if image else _CREDIT)
+    tokens, inhibited = focus.grid**2, focus.inhibited[chosen].sum()
+    scores = focus.scores[chosen]
+    facts = [
+        ("text token", f"{focus.words[chosen]!r}, token {chosen - len(focus.words)} of the prompt"),
+        ("image tokens", f"{inhibited} of {tokens} inhibited"),
+        ("focus scores", f"{scores.min():.3g} to {scores.max():.3g}, sum {scores.sum():.3g}"),
+        ("rule", summary(focus)),
+        ("model", focus.model),
+        ("backend", focus.backend),
+    ]
+    console.print(_table(facts))
     console.print(Text(f"Picture: {out}"), soft_wrap=True)
 
 
@@ -137,7 +227,8 @@ def _checked(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return call(*args, **kwargs)
     except (ValueError, _registry.BackendError) as error:
-        raise InputError(str(error).removeprefix("VMTCConfig: ")) from error
+        text = str(error).removeprefix("VMTCConfig: ").removeprefix("CMAIConfig: ")
+        raise InputError(text) from error
 
 
 def _tokens(

@@ -9,21 +9,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from skimage import color
 from torch import Tensor
 
 from .config import VMTCConfig
 from .merge_tokens import MergedTokens
-from .patches import InputError, Tokens, join, psnr, resized, split, weighted_psnr
+from .patches import Tokens, join, psnr, resized, split, weighted_psnr
 from .select_random import select_random
 from .select_strided import select_strided
+from .sheet import (
+    ACCENT,
+    GAP,
+    GREY,
+    INK,
+    MARGIN,
+    axes_at,
+    blank,
+    borders,
+    by,
+    enlarged,
+    fade,
+    ruled,
+    save,
+    show,
+    where,
+    write,
+)
 from .spatial_downsample import spatial_downsample
 
 
@@ -129,45 +145,36 @@ def _cells(grid: int, factor: int) -> Tensor:
 
 
 # the sheet, in pixels of the written PNG
-_WIDTH, _HEIGHT, _DPI = 2000, 1570, 200
-_MARGIN, _GAP, _PANEL = 56, 32, 448
+_HEIGHT, _PANEL = 1570, 448
 _ROWS = (232, 896)
-_TIMES = "\N{MULTIPLICATION SIGN}"
-_INK, _GREY, _ACCENT = "#1b1f24", "#5f6b7a", "#0a7a55"
 
 
 def draw(demo: Demo, out: Path) -> None:
     """Write the picture as a PNG of 2000 x 1570 pixels."""
-    try:
-        sheet(demo).savefig(out, format="png")
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    save(sheet(demo), out)
 
 
 def sheet(demo: Demo) -> Figure:
     """The picture: what VMTC does in the upper row, every baseline in the lower."""
-    figure = Figure(figsize=(_WIDTH / _DPI, _HEIGHT / _DPI), dpi=_DPI, facecolor="white")
+    figure = blank(_HEIGHT)
     tokens, redundant = demo.grid**2, demo.grid**2 - demo.num_primary
     title = f"{tokens} visual tokens become {demo.num_primary + demo.num_merged}"
-    _text(figure, _MARGIN, 88, title, 52, weight="bold")
-    _text(figure, _MARGIN, 138, _summary(demo), 29, color=_GREY)
-    patches = f"{_by(demo.grid)} patches of {_by(demo.patch)} pixels"
+    write(figure, MARGIN, 88, title, 52, weight="bold")
+    write(figure, MARGIN, 138, _summary(demo), 29, color=GREY)
+    patches = f"{by(demo.grid)} patches of {by(demo.patch)} pixels"
     _photo_panel(demo, _panel(figure, 0, 0, "Photograph", f"{tokens} tokens", patches))
     kept = "the most important, kept bit for bit"
-    _primary_panel(demo, _panel(figure, 0, 1, "Primary", f"{demo.num_primary} tokens", kept))
+    axes = _panel(figure, 0, 1, "Primary", f"{demo.num_primary} tokens", kept)
+    fade(axes, demo.photo, _primary(demo))
     merged = f"{redundant} → {demo.num_merged} tokens"
     colours = "one colour for each merged token"
     _cluster_panel(demo, _panel(figure, 0, 2, "Clusters", merged, colours))
-    _text(figure, _MARGIN, _ROWS[1] - 72, "The same budget spent otherwise", 38, weight="bold")
+    write(figure, MARGIN, _ROWS[1] - 72, "The same budget spent otherwise", 38, weight="bold")
     for place, rebuilt in zip(((0, 3), (1, 0), (1, 1), (1, 2), (1, 3)), demo.rebuilt, strict=True):
         _rebuilt_panel(demo, rebuilt, figure, *place)
     for line, text in enumerate(_caption(demo)):
-        _text(figure, _MARGIN, _HEIGHT - 124 + 38 * line, text, 25, color=_GREY)
+        write(figure, MARGIN, _HEIGHT - 124 + 38 * line, text, 25, color=GREY)
     return figure
-
-
-def _by(side: int) -> str:
-    return f"{side} {_TIMES} {side}"
 
 
 def _summary(demo: Demo) -> str:
@@ -181,64 +188,42 @@ def _summary(demo: Demo) -> str:
 
 def _caption(demo: Demo) -> list[str]:
     factor, side = downsampling(demo.grid, demo.num_primary + demo.num_merged)
-    smaller = _by(side * demo.patch)
+    smaller = by(side * demo.patch)
     return [
         "Every position shows the pixels of the token that stands for it. Average pooling takes"
-        f" {_by(factor)} tokens; smaller photo is resized to {smaller} pixels first.",
+        f" {by(factor)} tokens; smaller photo is resized to {smaller} pixels first.",
         "PSNR over all pixels, and weighted by the importance that VMTC selects by; the best is"
         " green. Pixel error does not tell how well a model answers.",
         f"Features and importance: {demo.source}. {demo.credit}",
     ]
 
 
-def _text(figure: Figure, x: float, y: float, text: str, size: float, **style: Any) -> None:
-    """Text whose baseline starts at pixel (x, y) from the upper left corner."""
-    style.setdefault("color", _INK)
-    figure.text(x / _WIDTH, 1 - y / _HEIGHT, text, fontsize=size * 72 / _DPI, **style)
-
-
 def _panel(figure: Figure, row: int, column: int, title: str, count: str, below: str = "") -> Axes:
     """Axes with a title, a token count to the right of it, and a line below."""
-    left, top = _MARGIN + column * (_PANEL + _GAP), _ROWS[row]
-    emphasis = _ACCENT if title == "VMTC" else _INK
-    _text(figure, left, top - 14, title, 31, weight="bold", color=emphasis)
-    _text(figure, left + _PANEL, top - 14, count, 27, color=_GREY, ha="right")
-    _text(figure, left, top + _PANEL + 36, below, 25, color=_GREY)
-    bottom = 1 - (top + _PANEL) / _HEIGHT
-    axes = figure.add_axes((left / _WIDTH, bottom, _PANEL / _WIDTH, _PANEL / _HEIGHT))
-    axes.set_axis_off()
-    return axes
+    left, top = MARGIN + column * (_PANEL + GAP), _ROWS[row]
+    emphasis = ACCENT if title == "VMTC" else INK
+    write(figure, left, top - 14, title, 31, weight="bold", color=emphasis)
+    write(figure, left + _PANEL, top - 14, count, 27, color=GREY, ha="right")
+    write(figure, left, top + _PANEL + 36, below, 25, color=GREY)
+    return axes_at(figure, left, top, _PANEL, _PANEL)
 
 
 def _rebuilt_panel(demo: Demo, rebuilt: Rebuilt, figure: Figure, row: int, column: int) -> None:
     axes = _panel(figure, row, column, rebuilt.name, f"{rebuilt.tokens} tokens")
-    _show(axes, rebuilt.photo, demo.grid)
-    left, y = _MARGIN + column * (_PANEL + _GAP), _ROWS[row] + _PANEL + 36
+    show(axes, rebuilt.photo, demo.grid)
+    left, y = MARGIN + column * (_PANEL + GAP), _ROWS[row] + _PANEL + 36
     for measure, x, align in (("psnr", left, "left"), ("weighted", left + _PANEL, "right")):
         value = getattr(rebuilt, measure)
         best = value == max(getattr(each, measure) for each in demo.rebuilt)
         # bold letters are wider: a size smaller, the two still fit side by side
-        size, style = (23, {"weight": "bold", "color": _ACCENT}) if best else (25, {"color": _GREY})
+        size, style = (23, {"weight": "bold", "color": ACCENT}) if best else (25, {"color": GREY})
         label = "PSNR" if measure == "psnr" else "weighted"
-        _text(figure, x, y, f"{label} {decibels(value)}", size, ha=align, **style)
-
-
-def _show(axes: Axes, image: np.ndarray, grid: int) -> None:
-    axes.imshow(image, extent=(0, grid, grid, 0), interpolation="bicubic")
+        write(figure, x, y, f"{label} {decibels(value)}", size, ha=align, **style)
 
 
 def _photo_panel(demo: Demo, axes: Axes) -> None:
-    _show(axes, demo.photo, demo.grid)
-    lines = range(1, demo.grid)
-    axes.vlines(lines, 0, demo.grid, color="white", alpha=0.35, linewidth=0.35)
-    axes.hlines(lines, 0, demo.grid, color="white", alpha=0.35, linewidth=0.35)
-
-
-def _primary_panel(demo: Demo, axes: Axes) -> None:
-    kept = _primary(demo)
-    faded = 255 - (255 - color.rgb2gray(demo.photo)[..., None] * 255) * 0.22
-    _show(axes, _where(demo, kept, demo.photo, faded), demo.grid)
-    _borders(axes, kept, _INK, 0.7)
+    show(axes, demo.photo, demo.grid)
+    ruled(axes, demo.grid)
 
 
 def _cluster_panel(demo: Demo, axes: Axes) -> None:
@@ -246,29 +231,14 @@ def _cluster_panel(demo: Demo, axes: Axes) -> None:
     slot = demo.owner.numpy().reshape(demo.grid, demo.grid)
     colours = np.vstack([palette(demo.num_merged), np.full((1, 3), 255)])  # the last for pruned
     cluster = np.where(kept | (slot < 0), demo.num_merged, slot - demo.num_primary)
-    painted = np.kron(colours[cluster], np.ones((demo.patch, demo.patch, 1)))
-    _show(axes, _where(demo, kept, demo.photo, painted), demo.grid)
-    _borders(axes, np.where(kept, -2, slot), "white", 0.5)
+    painted = enlarged(colours[cluster], len(demo.photo))
+    show(axes, where(kept, demo.photo, painted), demo.grid)
+    borders(axes, np.where(kept, -2, slot), "white", 0.5)
 
 
 def _primary(demo: Demo) -> np.ndarray:
     owner = demo.owner.numpy().reshape(demo.grid, demo.grid)
     return (owner >= 0) & (owner < demo.num_primary)
-
-
-def _where(demo: Demo, kept: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> np.ndarray:
-    """Pixels of ``inside`` in the patches where ``kept``, of ``outside`` elsewhere."""
-    mask = np.kron(kept, np.ones((demo.patch, demo.patch))).astype(bool)
-    return np.where(mask[..., None], inside, outside).astype(np.uint8)
-
-
-def _borders(axes: Axes, labels: np.ndarray, colour: str, width: float) -> None:
-    """A line between every two neighbouring patches of different label."""
-    rows, columns = np.nonzero(labels[1:] != labels[:-1])
-    lines = [((c, r + 1), (c + 1, r + 1)) for r, c in zip(rows, columns, strict=True)]
-    rows, columns = np.nonzero(labels[:, 1:] != labels[:, :-1])
-    lines += [((c + 1, r), (c + 1, r + 1)) for r, c in zip(rows, columns, strict=True)]
-    axes.add_collection(LineCollection(lines, colors=colour, linewidths=width))
 
 
 def palette(count: int) -> np.ndarray:
