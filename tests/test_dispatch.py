@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vmtc_kernels import _dispatch
+from vmtc_kernels._registry import OPERATORS
 
 CAPABILITIES = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 
@@ -21,14 +22,23 @@ def test_many_tokens_or_clusters_go_to_triton(capability: tuple[int, int]) -> No
         assert _dispatch.clustering(capability, tokens, clusters)[0] == "triton"
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_attention_goes_to_triton(capability: tuple[int, int]) -> None:
+    for name, operator in OPERATORS.items():
+        if "focus" in name or name == "masked_attention":
+            assert operator.prefer is not None
+            assert operator.prefer(capability, None, None)[0] == "triton"
+
+
 def test_every_choice_gives_its_reason() -> None:
     reasons = {
         _dispatch.clustering((9, 0), 448, 32),
         _dispatch.clustering((9, 0), 2880, 32),
         _dispatch.clustering((8, 0), 448, 32),
         _dispatch.importance((9, 0)),
+        _dispatch.attention((9, 0)),
     }
-    assert len(reasons) == 4 and all(len(why) > 15 for _, why in reasons)
+    assert len(reasons) == 5 and all(len(why) > 15 for _, why in reasons)
 
 
 def test_what_fits_is_monotone() -> None:

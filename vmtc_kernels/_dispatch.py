@@ -32,3 +32,8 @@ def clustering(capability: tuple[int, int], tokens: int, clusters: int) -> tuple
 def importance(capability: tuple[int, int]) -> tuple[str, str]:
     """For token_importance."""
     return "triton", "both read the keys once"
+
+
+def attention(capability: tuple[int, int], *args: object, **kwargs: object) -> tuple[str, str]:
+    """For the operators of focus attention."""
+    return "triton", "its products take the widest tensor-core instructions of each GPU"

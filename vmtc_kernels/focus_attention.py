@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import _modality, _registry
+from . import _dispatch, _modality, _registry
 from .focus_mask import focus_mask
 from .focus_mask import reference as _mask_reference
 from .focus_scores import focus_scores
@@ -235,4 +235,5 @@ _op = _registry.define(
     fake=_fake,
     mutates="text_image",
     autograd=_differentiable,
+    prefer=_dispatch.attention,
 )

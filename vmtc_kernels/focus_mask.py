@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, _modality, _registry
+from . import _checks, _dispatch, _modality, _registry
 
 
 def focus_mask(
@@ -135,4 +135,5 @@ _op = _registry.define(
     check=_check,
     fake=_fake,
     autograd=None,
+    prefer=_dispatch.attention,
 )

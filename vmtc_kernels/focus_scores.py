@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _modality, _registry
+from . import _dispatch, _modality, _registry
 
 
 def focus_scores(
@@ -170,4 +170,5 @@ _op = _registry.define(
     fake=_fake,
     mutates="text_image",
     autograd=None,
+    prefer=_dispatch.attention,
 )

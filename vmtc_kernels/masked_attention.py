@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _checks, _modality, _registry
+from . import _checks, _dispatch, _modality, _registry
 from .focus_mask import unpack
 from .focus_scores import logits, softmax
 
@@ -204,4 +204,5 @@ _op = _registry.define(
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
+    prefer=_dispatch.attention,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _checks, _modality, _registry
+from . import _checks, _dispatch, _modality, _registry
 from .focus_attention import reference as _focus_reference
 
 
@@ -193,4 +193,5 @@ _op = _registry.define(
     check=_check,
     fake=_fake,
     mutates="text_image",
+    prefer=_dispatch.attention,
 )
