@@ -12,12 +12,13 @@ constexpr uint8_t TEXT = 1, IMAGE = 2;
 __device__ __forceinline__ int position_of(const Sequence& sequence, int64_t b, int64_t query,
                                            bool text_alone = false) {
   const int64_t position =
-      sequence.positions ? sequence.positions[b * sequence.positions_batch_stride +
-                                              query * sequence.positions_stride]
-                         : sequence.L - sequence.Lq + query;
+      sequence.positions
+          ? sequence
+                .positions[b * sequence.positions_batch_stride + query * sequence.positions_stride]
+          : sequence.L - sequence.Lq + query;
   if (position < 0 || position >= sequence.L) return -1;
-  const uint8_t kind = sequence.modality[b * sequence.modality_batch_stride +
-                                         position * sequence.modality_stride];
+  const uint8_t kind =
+      sequence.modality[b * sequence.modality_batch_stride + position * sequence.modality_stride];
   return kind == TEXT || (kind == IMAGE && !text_alone) ? int(position) : -1;
 }
 
@@ -33,15 +34,13 @@ __device__ __forceinline__ int count_bits(uint64_t bits) { return __popcll(bits)
 
 // how many image tokens stand at a position or before it
 __device__ __forceinline__ int images_until(const Layout& layout, int64_t b, int position) {
-  const Keys32 word =
-      layout.words[b * ceil_div(layout.sequence.L, int64_t(32)) + position / 32];
+  const Keys32 word = layout.words[b * ceil_div(layout.sequence.L, int64_t(32)) + position / 32];
   return word.images_before + __popc(word.image & lowest<uint32_t>(position % 32 + 1));
 }
 
 // the same of text
 __device__ __forceinline__ int texts_until(const Layout& layout, int64_t b, int position) {
-  const Keys32 word =
-      layout.words[b * ceil_div(layout.sequence.L, int64_t(32)) + position / 32];
+  const Keys32 word = layout.words[b * ceil_div(layout.sequence.L, int64_t(32)) + position / 32];
   return word.texts_before + __popc(word.text & lowest<uint32_t>(position % 32 + 1));
 }
 

@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(THREADS) layout_kernel(Layout layout) {
     const Before found(counts, turn, __popc(text) | __popc(image) << 16);
     const int text_rank = texts + int(found.before & 0xffff);
     if (lane == 0 && key < L)
-      layout.words[b * ceil_div(L, int64_t(32)) + key / 32] = {
-          text, image, text_rank, images + int(found.before >> 16)};
+      layout.words[b * ceil_div(L, int64_t(32)) + key / 32] = {text, image, text_rank,
+                                                               images + int(found.before >> 16)};
     if (layout.text_at && kind == TEXT)
       layout.text_at[b * L + text_rank + __popc(text & lower)] = int(key);
     texts += int(found.all & 0xffff);

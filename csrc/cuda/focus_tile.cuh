@@ -23,8 +23,8 @@ __device__ __forceinline__ uint32_t narrowed(float lower, float upper) {
   return word;
 }
 
-// D: the most features of queries, keys and values. Each warp has 16 rows. Products lie in the lanes
-// as those of mma.cuh do, for float32 as well: with g = lane / 4 and t = lane % 4, s[n] holds
+// D: the most features of queries, keys and values. Each warp has 16 rows. Products lie in the
+// lanes as those of mma.cuh do, for float32 as well: with g = lane / 4 and t = lane % 4, s[n] holds
 // (row g, column 8n + 2t), (g, 8n + 2t + 1), (g + 8, 8n + 2t), (g + 8, 8n + 2t + 1).
 template <typename T, int D>
 struct FocusTile {
@@ -33,6 +33,8 @@ struct FocusTile {
   static constexpr int WARPS = HALF || D < 256 ? 4 : 2, THREADS = WARPS * WARP, ROWS = 16 * WARPS;
   static constexpr int KEYS = (HALF ? 64 : 32) / (D < 256 ? 1 : 2), COLUMNS = KEYS / 8;
   static constexpr int PACK = Pack<T>::SIZE;
+  // of a multiprocessor; more would make registers spill
+  static constexpr int BLOCKS = D == 256 ? 1 : 2;
   // features that are multiplied before the next look at how many there are
   static constexpr int ROUND = 32;
   static_assert(D % ROUND == 0);
@@ -47,27 +49,28 @@ struct FocusTile {
   }
   __device__ static int column(int n, int e) { return 8 * n + threadIdx.x % 4 * 2 + e % 2; }
 
-  // Brings COUNT rows of `features` elements; from(r) is the address of row r, null for zeros.
-  // The elements after them, up to a whole ROUND, are zeros.
+  // Brings COUNT rows of `features` elements; row r begins at any + from(r), and is zeros where
+  // that is negative. The elements after them, up to a whole ROUND, are zeros.
   template <int COUNT, typename From>
   __device__ __forceinline__ static void load(T* to, int stride, int features, bool packed,
-                                              const From& from) {
+                                              const T* any, const From& from) {
     constexpr int LANES = D / PACK, STEP = THREADS / LANES;
     static_assert(THREADS % LANES == 0 && COUNT % STEP == 0);
     const int e = threadIdx.x % LANES * PACK;
     if (e >= stride - PACK) return;
-#pragma unroll
+    // not more, or registers spill
+#pragma unroll 4
     for (int i = 0; i < COUNT / STEP; ++i) {
       const int r = threadIdx.x / LANES + i * STEP;
-      const T* source = from(r);
+      const int64_t begin = from(r);
       T* target = to + r * stride + e;
       if (packed) {
-        const bool inside = source && e < features;
-        cp_async<16>(target, inside ? source + e : nullptr, inside ? 16 : 0);
+        const bool inside = begin >= 0 && e < features;
+        cp_async<16>(target, inside ? any + begin + e : any, inside ? 16 : 0);
       } else {
 #pragma unroll 1
         for (int k = 0; k < PACK; ++k)
-          target[k] = source && e + k < features ? source[e + k] : from_float<T>(0);
+          target[k] = begin >= 0 && e + k < features ? any[begin + e + k] : from_float<T>(0);
       }
     }
   }

@@ -25,20 +25,12 @@ std::tuple<at::Tensor, at::Tensor> run(const at::Tensor& q_in, const at::Tensor&
   const at::Tensor mask = unit_rows(mask_in);
 
   MaskedAttentionArgs args = attention_args(q, k, v, suppression, scale);
-  Workspace layout;
-  carve_layout(layout, sequence, false);
-  args.layout.sequence = sequence;
-  const at::Tensor layout_memory = make_workspace(layout.bytes(), q);
+  const LayoutMemory layout(sequence, false, q);
+  args.layout = layout.layout;
   const at::Tensor workspace = make_workspace(masked_attention_workspace(args), q);
   at::Tensor out = at::empty({sequence.B, args.H, sequence.Lq, args.dv}, q.options());
   at::Tensor lse = at::empty({sequence.B, args.H, sequence.Lq}, q.options().dtype(at::kFloat));
-  Workspace carved(layout_memory.mutable_data_ptr());
-  args.layout = carve_layout(carved, sequence, false);
-  args.mask = mask.const_data_ptr<int32_t>();
-  args.mask_batch_stride = mask.stride(0);
-  args.mask_head_stride = mask.size(1) == 1 ? 0 : mask.stride(1);
-  args.mask_row_stride = mask.stride(2);
-  args.W = mask.size(3);
+  set_mask(args, mask);
   args.workspace = workspace.mutable_data_ptr();
   args.out = out.mutable_data_ptr();
   args.lse = lse.mutable_data_ptr<float>();

@@ -1,5 +1,6 @@
 #include "focus.cuh"
 #include "focus_tile.cuh"
+#include "focus_views.cuh"
 #include "masked_attention.h"
 
 namespace vmtc::cuda {
@@ -12,7 +13,7 @@ struct Plan {
   // where there are few rows, parts of the keys are blocks of their own
   int64_t parts;
   int part_tiles;
-  int stride;         // of a row in shared memory
+  int stride;        // of a row in shared memory
   bool two, packed;  // keys and values have a buffer each; all rows can be moved in packs
 };
 
@@ -49,157 +50,14 @@ Partial carve(Workspace& workspace, const MaskedAttentionArgs& args, const Plan&
   return {out, workspace.take<float2>(count)};
 }
 
-// count bits of a row of the mask from bit `first` on; those behind its end are 0
-template <typename Bits>
-__device__ __forceinline__ Bits window(const int32_t* words, int64_t W, int first) {
-  const auto word = [&](int i) { return i < W ? Bits(uint32_t(words[i])) : Bits(0); };
-  const int i = first / 32, shift = first % 32;
-  if constexpr (sizeof(Bits) == 8) {
-    const Bits bits = (word(i) | word(i + 1) << 32) >> shift;
-    return shift ? bits | word(i + 2) << (64 - shift) : bits;
-  } else {
-    const Bits bits = word(i) >> shift;
-    return shift ? bits | word(i + 1) << (32 - shift) : bits;
-  }
-}
-
-// the lowest bits of `bits`, one after the other, to the places that are set
-template <typename Bits>
-__device__ __forceinline__ Bits spread(Bits bits, Bits places) {
-  const Bits lowest_place = places & (~places + 1);
-  // no gap between the places
-  if (((places + lowest_place) & places) == 0) return bits * lowest_place & places;
-  Bits result = 0;
-  for (; places; places &= places - 1, bits >>= 1)
-    if (bits & 1) result |= places & (~places + 1);
-  return result;
-}
-
-template <typename Bits>
-__device__ __forceinline__ Bits warp_or(Bits bits) {
-#pragma unroll
-  for (int step = WARP / 2; step > 0; step /= 2) bits |= __shfl_xor_sync(ALL_LANES, bits, step);
-  return bits;
-}
-
-// What the rows of a block see of one tile of keys.
-template <typename Bits>
-struct View {
-  int tile;
-  Bits keys;       // that any row of the block takes
-  Bits seen, low;  // of row lane % 16 of the warp: keys that it takes; those of reduced weight
-  bool mine;       // a row of this warp takes any
-  bool plain;      // all rows of this warp take all, none reduced
-};
-
-template <typename T, int D>
-class Views {
-  using Tile = FocusTile<T, D>;
-  using Keys = KeyTile<Tile::KEYS>;
-
- public:
-  using Bits = typename Keys::Bits;
-
-  // unions: [2, WARPS] in shared memory
-  __device__ Views(const MaskedAttentionArgs& args, Bits* unions, int64_t b, int64_t group,
-                   int64_t first_row, int64_t rows)
-      : args_(args), unions_(unions), b_(b), position_(-1), mask_(nullptr) {
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int64_t share = args.H / args.G, row = first_row + warp * 16 + lane % 16;
-    if (row < rows) {
-      const int64_t query = row / share, head = group * share + row % share;
-      position_ = position_of(args.layout.sequence, b, query);
-      mask_ = args.mask + b * args.mask_batch_stride + head * args.mask_head_stride +
-              query * args.mask_row_stride;
-    }
-    const int last = warp_max(position_);
-    int* each = reinterpret_cast<int*>(unions);
-    if (lane == 0) each[warp] = last;
-    bool any = false;
-    if (args.suppression != 1.f) {
-      const int32_t* before = nullptr;
-#pragma unroll 1
-      for (int r = 0; r < 16; ++r) {
-        const auto shown = __shfl_sync(ALL_LANES, reinterpret_cast<unsigned long long>(mask_), r);
-        const int32_t* words = reinterpret_cast<const int32_t*>(shown);
-        if (!words || words == before) continue;
-        before = words;
-        for (int64_t w = lane; w < args.W; w += WARP) any |= words[w] != 0;
-      }
-    }
-    any_low_ = __syncthreads_or(any);
-    last_ = -1;
-#pragma unroll
-    for (int w = 0; w < Tile::WARPS; ++w) last_ = max(last_, each[w]);
-    __syncthreads();
-  }
-
-  // the last key that any row of the block sees, -1 if none
-  __device__ int last() const { return last_; }
-  __device__ int position(int i) const {
-    return __shfl_sync(ALL_LANES, position_, threadIdx.x % WARP / 4 + 8 * i);
-  }
-
-  // the first tile from `tile` on of which any key is taken; tile `end` if there is none
-  __device__ View<Bits> find(int tile, int end) {
-    View<Bits> view{};
-    for (view.tile = tile; view.tile < end; ++view.tile) {
-      look(view);
-      if (view.keys) break;
-    }
-    return view;
-  }
-
- private:
-  __device__ __forceinline__ void look(View<Bits>& view) {
-    const Keys keys(args_.layout, b_, view.tile);
-    const int first = view.tile * Tile::KEYS;
-    view.seen = keys.real() & lowest<Bits>(position_ - first + 1);
-    view.low = 0;
-    if (any_low_ && keys.image && view.seen)
-      view.low =
-          spread<Bits>(window<Bits>(mask_, args_.W, keys.first_image), keys.image) & view.seen;
-    if (args_.suppression == 0.f) {
-      view.seen &= ~view.low;
-      view.low = 0;
-    }
-    if (any_low_) {
-      const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-      const Bits mine = warp_or(view.seen);
-      view.mine = mine != 0;
-      // two in turn: another warp may still read those of the tile before
-      Bits* unions = unions_ + turn_ * Tile::WARPS;
-      turn_ ^= 1;
-      if (lane == 0) unions[warp] = mine;
-      __syncthreads();
-      view.keys = 0;
-#pragma unroll
-      for (int w = 0; w < Tile::WARPS; ++w) view.keys |= unions[w];
-    } else {
-      view.keys = keys.real() & lowest<Bits>(last_ - first + 1);
-      view.mine = __any_sync(ALL_LANES, view.seen != 0);
-    }
-    // rows of padding may take anything: they are not written
-    view.plain =
-        __all_sync(ALL_LANES, position_ < 0 || (view.seen == Keys::ALL && view.low == 0));
-  }
-
-  const MaskedAttentionArgs& args_;
-  Bits* unions_;
-  int64_t b_;
-  int position_, last_, turn_ = 0;
-  const int32_t* mask_;
-  bool any_low_;
-};
-
 // One tile of rows of a group against the keys, or one part of them.
 template <typename T, int D>
-__global__ void __launch_bounds__(FocusTile<T, D>::THREADS, D == 64 ? 3 : D == 128 ? 2 : 1)
+__global__ void __launch_bounds__(FocusTile<T, D>::THREADS, FocusTile<T, D>::BLOCKS)
     attention_kernel(MaskedAttentionArgs args, Partial partial, Plan plan) {
   using Tile = FocusTile<T, D>;
   using Bits = typename Views<T, D>::Bits;
-  T* queries = shared_memory<T>();                          // [ROWS, stride]
-  T* keys = queries + Tile::ROWS * plan.stride;             // [KEYS, stride]
+  T* queries = shared_memory<T>();                               // [ROWS, stride]
+  T* keys = queries + Tile::ROWS * plan.stride;                  // [KEYS, stride]
   T* values = keys + (plan.two ? Tile::KEYS * plan.stride : 0);  // the same
   Bits* unions = reinterpret_cast<Bits*>(values + Tile::KEYS * plan.stride);
 
@@ -216,10 +74,10 @@ __global__ void __launch_bounds__(FocusTile<T, D>::THREADS, D == 64 ? 3 : D == 1
 
   const T* q = static_cast<const T*>(args.q.data) + b * args.q.image_stride +
                group * share * args.q.head_stride;
-  const T* k = static_cast<const T*>(args.k.data) + b * args.k.image_stride +
-               group * args.k.head_stride;
-  const T* v = static_cast<const T*>(args.v.data) + b * args.v.image_stride +
-               group * args.v.head_stride;
+  const T* k =
+      static_cast<const T*>(args.k.data) + b * args.k.image_stride + group * args.k.head_stride;
+  const T* v =
+      static_cast<const T*>(args.v.data) + b * args.v.image_stride + group * args.v.head_stride;
   const int d = int(args.d), dv = int(args.dv);
   Views<T, D> views(args, unions, b, group, first_row, plan.rows);
   const int begin = plan.parts == 1 ? 0 : int(part) * plan.part_tiles;
@@ -230,17 +88,17 @@ __global__ void __launch_bounds__(FocusTile<T, D>::THREADS, D == 64 ? 3 : D == 1
   const auto load_tile = [&](T* to, const T* from, int64_t stride, int features,
                              const View<Bits>& view) {
     if (view.tile < end)
-      Tile::template load<Tile::KEYS>(to, plan.stride, features, plan.packed, [&](int r) {
-        return view.keys >> r & 1 ? from + (int64_t(view.tile) * Tile::KEYS + r) * stride : nullptr;
-      });
+      Tile::template load<Tile::KEYS>(
+          to, plan.stride, features, plan.packed, from + int64_t(view.tile) * Tile::KEYS * stride,
+          [&](int r) { return view.keys >> r & 1 ? r * stride : int64_t(-1); });
     cp_async_commit();
   };
   View<Bits> next = views.find(begin, end);
   if (next.tile < end)
-    Tile::template load<Tile::ROWS>(queries, plan.stride, d, plan.packed, [&](int r) {
+    Tile::template load<Tile::ROWS>(queries, plan.stride, d, plan.packed, q, [&](int r) {
       const int64_t row = first_row + r;
-      return row < plan.rows ? q + row % share * args.q.head_stride + row / share * args.q.row_stride
-                             : nullptr;
+      return row < plan.rows ? row % share * args.q.head_stride + row / share * args.q.row_stride
+                             : int64_t(-1);
     });
   load_tile(keys, k, args.k.row_stride, d, next);
   if (plan.two) load_tile(values, v, args.v.row_stride, dv, next);
@@ -362,7 +220,7 @@ constexpr int COMBINE_WARPS = 4;
 
 // a warp for each row: its parts, in ascending order
 template <typename T>
-__global__ void __launch_bounds__(COMBINE_WARPS * WARP)
+__global__ void __launch_bounds__(COMBINE_WARPS* WARP)
     combine_kernel(MaskedAttentionArgs args, Partial partial, int64_t rows, int64_t parts) {
   const int64_t row = block_index() * COMBINE_WARPS + threadIdx.x / WARP;
   const int lane = threadIdx.x % WARP;
@@ -413,9 +271,10 @@ cudaError_t masked_attention(const MaskedAttentionArgs& args, cudaStream_t strea
                args, partial, plan);
     if (error || plan.parts == 1) return error;
     const int64_t rows = sequence.B * args.H * sequence.Lq;
-    return launch(combine_kernel<T>,
-                  {grid_of(ceil_div(rows, int64_t(COMBINE_WARPS))), COMBINE_WARPS * WARP, 0, stream},
-                  args, partial, rows, plan.parts);
+    return launch(
+        combine_kernel<T>,
+        {grid_of(ceil_div(rows, int64_t(COMBINE_WARPS))), COMBINE_WARPS * WARP, 0, stream}, args,
+        partial, rows, plan.parts);
   });
 }
 
