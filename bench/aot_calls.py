@@ -37,8 +37,9 @@ class Call:
 
     @property
     def typical(self) -> bool:
-        """In bfloat16, of the size that CLIP-L has."""
-        return self.kind.startswith("bf16") and ("=1024" in self.kind or "d=64" in self.kind)
+        """In bfloat16, of the size that CLIP-L has, or a decoder with heads of 128."""
+        sizes = ("=1024", "d=64", "decoder of 128")
+        return self.kind.startswith("bf16") and any(size in self.kind for size in sizes)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Source:
 
 
 def calls() -> list[Call]:
-    return [*_importance(), *_kmeans(), *_merge_tokens()]
+    return [*_importance(), *_kmeans(), *_merge_tokens(), *_focus()]
 
 
 def _importance() -> Iterator[Call]:
@@ -178,6 +179,80 @@ def _with_features(B: int, N: int, D: int, dtype: torch.dtype) -> dict[str, Any]
         "scores": torch.empty(B, N, dtype=dtype),
         "features": torch.empty(B, N, 256, dtype=dtype),
         "valid": torch.empty(B, N, dtype=torch.bool),
+    }
+
+
+def _focus() -> Iterator[Call]:
+    # (batch, positions) of prefill, of a part of it, and of decoding
+    prefill, later = [(1, 675), (8, 675), (3, 1200), (32, 130)], [(1, 4096), (3, 677), (32, 1000)]
+    for name, dtype in DTYPES.items():
+        for d in (128, 64, 80, 17, 256) if name != "f16" else (128,):
+            for queries, sizes in ((None, prefill), (1, later), (128, later)):
+                when = {None: "prefill", 1: "decode", 128: "part"}[queries]
+                for size in sizes if d == 128 else sizes[:1]:
+                    made = partial(_pairs, *size, queries, d, dtype)
+                    kind = f"{name} decoder of {d} {when}"
+                    yield Call("masked_attention", kind, size, partial(made, masked=True))
+                    yield Call("focus_scores", kind, size, partial(made, scored=True))
+                    yield Call("focus_attention", kind, size, partial(made, scored=True, v=True))
+                    if when != "prefill":
+                        paged = partial(made, scored=True, v=True, page=16)
+                        yield Call("paged_focus_attention", kind, size, paged)
+        more = partial(_pairs, 1, 675, None, 128, dtype)
+        kind = f"{name} decoder of 128"
+        none = partial(more, masked=True, images=0)
+        yield Call("masked_attention", f"{kind}, no mask", (1, 675), none)
+        each = {"head_mode": "per_head", "aggregate": "residual", "renormalize": False}
+        yield Call("focus_scores", f"{kind}, heads", (1, 675), partial(more, scored=True, **each))
+        for images in (100, 576, 5000):
+            for size in [(1, 700), (3, 6000)]:
+                for rule in ({"keep_ratio": 0.5}, {"threshold": 0.5}):
+                    made = partial(_selected, *size, images, dtype, **rule)
+                    what = f"{name} decoder of 128 {images} images {next(iter(rule))}"
+                    yield Call("focus_mask", what, size, made)
+
+
+def _pairs(
+    B: int,
+    L: int,
+    queries: int | None,
+    d: int,
+    dtype: torch.dtype,
+    *,
+    masked: bool = False,
+    scored: bool = False,
+    v: bool = False,
+    page: int = 0,
+    images: int = 576,
+    **more: Any,
+) -> dict[str, Any]:
+    """32 heads of queries, 8 of keys; where scored and with v, what focus_attention takes."""
+    Lq = L if queries is None else queries
+    given: dict[str, Any] = {"q": torch.empty(B, 32, Lq, d, dtype=dtype)}
+    shape = (B, 8, L, d) if not page else (B * (L // page + 1), page, 8, d)
+    names = ("k_cache", "v_cache") if page else ("k", "v")
+    for name in names if v or masked else names[:1]:
+        given[name] = torch.empty(shape, dtype=dtype)
+    if page:
+        given["block_table"] = torch.empty(B, L // page + 1, dtype=torch.int32)
+        given["seq_lens"] = torch.empty(B, dtype=torch.int32)
+    given["modality"] = torch.empty(B, L, dtype=torch.uint8)
+    if masked:
+        given["mask"] = torch.empty(B, 1, Lq, images // 32, dtype=torch.int32)
+    if scored:
+        given["num_image"] = images
+        if Lq < L:
+            given["text_image"] = torch.empty(B, 1, L, images)
+        if v:
+            given["keep_ratio"] = 0.5
+    return {**given, **more}
+
+
+def _selected(B: int, L: int, images: int, dtype: torch.dtype, **rule: Any) -> dict[str, Any]:
+    return {
+        "scores": torch.empty(B, 1, 64, images, dtype=dtype),
+        "modality": torch.empty(B, L, dtype=torch.uint8),
+        **rule,
     }
 
 

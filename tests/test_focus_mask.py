@@ -8,7 +8,7 @@ import focus_oracle as oracle
 import numpy as np
 import pytest
 import torch
-from cases import FLOATS, array, assert_same_bits, normal, uniform
+from cases import FLOATS, array, assert_same_bits, normal, some, uniform
 from contract import ConstantContract
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,9 +52,13 @@ def test_agrees_with_the_definition(
 ) -> None:
     # of half types many scores are equal
     for M, L, num_image in ((1, 30, 15), (2, 41, 70), (1, 130, 100)):
-        scores, modality = uniform(8, M, L, num_image, dtype=dtype), sequences(8, L)
+        batch = some(backend, 8)
+        scores, modality = (
+            uniform(batch, M, L, num_image, dtype=dtype),
+            sequences(batch, L, first=M),
+        )
         got = focus_mask(scores, modality, **options)
-        assert (got.dtype, got.shape) == (torch.int32, (8, M, L, -(-num_image // 32)))
+        assert (got.dtype, got.shape) == (torch.int32, (batch, M, L, -(-num_image // 32)))
         want = expected(scores, modality, **options)
         assert np.array_equal(unpacked(got, 32 * got.shape[-1])[..., :num_image], want)
         assert not unpacked(got, 32 * got.shape[-1])[..., num_image:].any()

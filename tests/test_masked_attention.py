@@ -8,7 +8,7 @@ import focus_oracle as oracle
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS, FLOATS, array, assert_close, normal, peak_memory, place
+from cases import BACKENDS, FLOATS, array, assert_close, normal, peak_memory, place, some
 from contract import OperatorContract
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,7 +57,8 @@ SIZES = [
 def test_agrees_with_the_definition(
     backend: str, dtype: torch.dtype, B: int, H: int, G: int, L: int, d: int, dv: int
 ) -> None:
-    given = attention_inputs(B, H, G, L, d, dv=dv, dtype=dtype)
+    B = some(backend, B)
+    given = attention_inputs(B, H, G, L, d, dv=dv, dtype=dtype, first=L + d)
     for heads, words, options in (
         (1, -(-L // 32), {}),
         (H, 1, {"suppression": 0.125, "scale": -0.2}),
@@ -111,8 +112,9 @@ def test_any_shape(backend: str, data: st.DataObject) -> None:
 def test_the_last_queries_of_longer_sequences(backend: str, queries: int) -> None:
     L = 70 if is_slow(backend) else 700
     for H, G in ((4, 4), (8, 2)):
-        given = attention_inputs(8, H, G, L, 16, queries=queries)
-        mask = random_bits(8, 1, queries, -(-L // 64))
+        batch = some(backend, 8)
+        given = attention_inputs(batch, H, G, L, 16, queries=queries, first=H)
+        mask = random_bits(batch, 1, queries, -(-L // 64))
         for value, want in zip(
             masked_attention(**given, mask=mask), expected(**given, mask=mask), strict=True
         ):

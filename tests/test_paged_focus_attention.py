@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FLOATS, assert_close, assert_same_bits, place
+from cases import FLOATS, assert_close, assert_same_bits, place, some
 from sequences import attention_inputs
 from test_focus_attention import RULES, Expected
 from torch import Tensor
@@ -49,9 +49,10 @@ def call(given: dict[str, Tensor], size: int, lens: Tensor, **options: Any) -> T
 @pytest.mark.parametrize("size", [1, 8, 16, 64])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_whole_sequences(backend: str, size: int, rule: dict[str, Any]) -> None:
-    given = attention_inputs(8, 4, 2, 40, 16, dv=12)
+    batch = some(backend, 8)
+    given = attention_inputs(batch, 4, 2, 40, 16, dv=12, first=size)
     want = Expected({**given, "num_image": 20, **rule})
-    lens = torch.full((8,), 40, dtype=torch.int32)
+    lens = torch.full((batch,), 40, dtype=torch.int32)
     want.assert_right(call(given, size, lens, num_image=20, **rule))
 
 

@@ -26,3 +26,9 @@ def row_unit(x: Tensor) -> int:
     """
     unit = 16 // x.element_size()
     return unit if all(stride % unit == 0 for stride in x.stride()[:-1]) else 1
+
+
+def launch(kernel: Any, programs: int, values: dict[str, Any], **more: Any) -> None:
+    """kernel with those of the values that it takes, and with all that is named."""
+    taken = {name: values[name] for name in kernel.arg_names if name in values and name not in more}
+    kernel[(programs,)](**taken, **more)
