@@ -108,7 +108,7 @@ class ConstantContract:
     def test_same_bits_on_every_run_and_any_number_of_threads(
         self, backend: str, call: Call, batch: int
     ) -> None:
-        arguments = call(batch, 72 if is_simulated(backend) else 192, torch.float32)
+        arguments = call(batch, 48 if is_simulated(backend) else 192, torch.float32)
         expected = self.run(**arguments)
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)

@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 # bytes of shared memory a block may have. 8.6 and 8.9 take the tiles of 8.0 and have least
 SHARED = {"80": 99 * 1024, "90": 227 * 1024, "100": 227 * 1024}
 
+TEXT_ROWS = ("focus_logits.text_softmax_kernel", "focus_logits.text_attention_kernel")
+
 Row = dict[str, Any]
 
 
@@ -116,10 +118,13 @@ def test_shared_memory_fits_every_chip(triton_rows: list[Row]) -> None:
 
 def test_half_types_are_multiplied_by_tensor_cores(triton_rows: list[Row]) -> None:
     received = ("received.query_softmax_kernel", "received.received_kernel")
-    for row in of(triton_rows, "pairs.pairs_kernel", "direct.assign_kernel", *received):
+    few = ("focus_decode.few_logits_kernel", "focus_values.few_values_kernel")
+    for row in of(triton_rows, "pairs.pairs_kernel", "direct.assign_kernel", *received, *few):
         assert row["tensor_cores"], told(row)
     # where a tile is large enough for them by the newest instructions
     newest = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA"}
+    for row in of(triton_rows, "flash.flash_kernel", *TEXT_ROWS):
+        assert newest[row["arch"]] in row["tensor_cores"], (told(row), row["tensor_cores"])
     for row in of(triton_rows, "pairs.pairs_kernel", *received):
         if int(row["arguments"].get("BLOCK_M") or row["arguments"]["BLOCK_R"]) >= 64:
             assert newest[row["arch"]] in row["tensor_cores"], (told(row), row["tensor_cores"])
@@ -134,6 +139,11 @@ def test_half_types_are_multiplied_by_tensor_cores(triton_rows: list[Row]) -> No
         ("pairs.pairs_kernel", "LDGSTS.128"),
         ("received.query_softmax_kernel", "LDGSTS.128"),
         ("received.received_kernel", "LDGSTS.128"),
+        ("flash.flash_kernel", "LDGSTS.128"),
+        ("focus_logits.text_softmax_kernel", "LDGSTS.128"),
+        ("focus_logits.text_attention_kernel", "LDGSTS.128"),
+        ("focus_decode.few_logits_kernel", "LDG.128"),
+        ("focus_values.few_values_kernel", "LDGSTS.128"),
     ],
 )
 def test_tokens_are_read_16_bytes_at_a_time(triton_rows: list[Row], kernel: str, load: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import focus_oracle as oracle
@@ -162,6 +163,19 @@ def test_rows_that_see_nothing_are_zero(backend: str) -> None:
     assert_close(got.out[0, :, 4], v[0, :, 4])
 
 
+def test_a_weight_too_small_for_float32_is_still_a_weight(backend: str) -> None:
+    """Where every pair is inhibited alike, nothing is."""
+    given = attention_inputs(1, 2, 1, 9, 8)
+    given["modality"] = torch.full((1, 9), 2, dtype=torch.uint8)
+    want = masked_attention(**given, mask=torch.zeros(1, 1, 9, 1, dtype=torch.int32))
+    got = masked_attention(
+        **given, mask=torch.full((1, 1, 9, 1), -1, dtype=torch.int32), suppression=1e-50
+    )
+    # float32 logits far from 0 are coarser
+    torch.testing.assert_close(got.out, want.out, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.lse, want.lse - 50 * math.log(10), rtol=1e-6, atol=1e-4)
+
+
 def test_what_nobody_sees_may_hold_anything(backend: str) -> None:
     given = attention_inputs(4, 4, 2, 40, 16)
     modality = given["modality"].clone()
@@ -192,7 +206,7 @@ def test_values_behind_the_last_query_are_not_read(backend: str) -> None:
 def test_large_logits_do_not_overflow(backend: str) -> None:
     given = attention_inputs(4, 2, 1, 24, 8)
     given["q"], given["k"] = (2 * given["q"]).round() * 64, (2 * given["k"]).round() * 64
-    for suppression in (0.0, 1e-30):
+    for suppression in (0.0, 1e-30, 1e-300):
         options = {"mask": random_bits(4, 1, 24, 1), "scale": 0.5, "suppression": suppression}
         got = masked_attention(**given, **options)
         for value, want in zip(got, expected(**given, **options), strict=True):

@@ -138,7 +138,8 @@ struct Attention {
   scalar_t* out;  // [H, Lq, dv]
   float* lse;     // [H, Lq], or null
   int64_t queries;
-  float scale, suppression;
+  float scale;
+  float penalty;  // what is added to an inhibited logit: the logarithm of the suppression
   int64_t words;  // of a row of bits
 
   // out and lse of `count` rows, all of heads that share keys and values. bits(i): the bits of row
@@ -211,10 +212,9 @@ struct Attention {
 
   void inhibit(float* x, const Sequence& s, const uint32_t* bits, int64_t begin,
                int64_t stop) const {
-    if (!bits || suppression == 1) return;
+    if (!bits || penalty == 0) return;
     const auto [first, last] = ranks(s, begin, stop);
-    const float less = std::log(suppression);
-    each_inhibited(bits, first, last, [&](int64_t r) { x[s.images[r] - begin] += less; });
+    each_inhibited(bits, first, last, [&](int64_t r) { x[s.images[r] - begin] += penalty; });
   }
 
   // whether no row sees any key of [begin, stop), so that keys and values need not be read
@@ -224,7 +224,7 @@ struct Attention {
     const int64_t real = s.real_before[stop] - s.real_before[begin];
     if (real == 0) return true;
     const auto [first, last] = ranks(s, begin, stop);
-    if (suppression != 0 || real != last - first) return false;
+    if (penalty != NONE || real != last - first) return false;
     for (int64_t i = 0; i < count; ++i) {
       if (s.position[row[i].query] < begin) continue;
       int64_t inhibited = 0;

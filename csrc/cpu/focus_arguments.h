@@ -107,7 +107,7 @@ Attention<scalar_t> attention_of(const at::Tensor& q, int64_t b, const at::Tenso
   if (out.defined()) a.out = out.mutable_data_ptr<scalar_t>() + b * H * queries * out.size(3);
   if (lse.defined()) a.lse = lse.mutable_data_ptr<float>() + b * H * queries;
   a.queries = queries, a.words = words;
-  a.scale = scale.value_or(1 / std::sqrt(double(d))), a.suppression = suppression;
+  a.scale = scale.value_or(1 / std::sqrt(double(d))), a.penalty = std::log(suppression);
   return a;
 }
 

@@ -26,9 +26,9 @@ at::Tensor run(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor&
   check_launched(focus_layout(layout.layout, stream_of(stream)), OP);
 
   const int64_t M = head_mode == "mean" ? 1 : attention.H, W = (num_image + 31) / 32;
-  at::Tensor mask;
+  at::Tensor mask, logits;
   {
-    // its memory is free again for the attention
+    // its memory is free again for the attention, but for logits that are kept
     const ScoresCall call(q, k, layout.layout, num_image, aggregate, head_mode, renormalize, scale,
                           text_image);
     check_launched(focus_scores(call.args, stream_of(stream)), OP);
@@ -42,6 +42,8 @@ at::Tensor run(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor&
     selection.M = M, selection.I = num_image;
     selection.mask = mask.mutable_data_ptr<int32_t>();
     check_launched(focus_mask(selection, stream_of(stream)), OP);
+    attention.logits = focus_logits(call.args);
+    if (attention.logits) logits = call.workspace;
   }
 
   set_mask(attention, mask);

@@ -30,9 +30,15 @@ __global__ void __launch_bounds__(THREADS) layout_kernel(Layout layout) {
   const uint32_t lower = lowest<uint32_t>(lane);
   const uint8_t* modality = sequence.modality + b * sequence.modality_batch_stride;
   int turn = 0, texts = 0, images = 0;
+  const auto kind_of = [&](int64_t key) {
+    return key < L ? modality[key * sequence.modality_stride] : uint8_t(0);
+  };
+  uint8_t next = kind_of(thread);
   for (int64_t base = 0; base < L; base += THREADS, ++turn) {
     const int64_t key = base + thread;
-    const uint8_t kind = key < L ? modality[key * sequence.modality_stride] : 0;
+    const uint8_t kind = next;
+    // under way while the others are counted
+    next = kind_of(key + THREADS);
     const uint32_t text = __ballot_sync(ALL_LANES, kind == TEXT);
     const uint32_t image = __ballot_sync(ALL_LANES, kind == IMAGE);
     const Before found(counts, turn, __popc(text) | __popc(image) << 16);

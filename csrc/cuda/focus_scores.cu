@@ -198,7 +198,8 @@ __global__ void __launch_bounds__(FEW_WARPS* WARP)
   const int64_t row = job / tiles % Lq, m = job / tiles / Lq % plan.M,
                 b = job / tiles / Lq / plan.M;
   if (row >= args.layout.row_count[b]) return;
-  const int position = position_of(sequence, b, args.layout.rows[b * Lq + row]);
+  const int64_t query = args.layout.rows[b * Lq + row];
+  const int position = position_of(sequence, b, query);
   const KeyTile<WARP> view(args.layout, b, tile);
   const int64_t key = int64_t(tile) * WARP + lane;
   float value = 0;
@@ -206,7 +207,7 @@ __global__ void __launch_bounds__(FEW_WARPS* WARP)
     const int64_t heads = args.per_head ? 1 : args.H;
 #pragma unroll 4
     for (int64_t h = m; h < m + heads; ++h) {
-      const int64_t at = (b * args.H + h) * Lq + row;
+      const int64_t at = (b * args.H + h) * Lq + query;
       const Softmax whole = buffers.softmax.whole[at];
       value += exp_fast(buffers.softmax.logits[at * L + key] - whole.largest) * whole.sum;
     }
@@ -250,6 +251,13 @@ size_t focus_scores_workspace(const FocusScoresArgs& args) {
   Workspace workspace;
   carve(workspace, args, plan_of(args));
   return workspace.bytes();
+}
+
+const float* focus_logits(const FocusScoresArgs& args) {
+  const Sequence& sequence = args.layout.sequence;
+  if (sequence.B * sequence.Lq * args.I == 0) return nullptr;
+  Workspace workspace(args.workspace);
+  return carve_softmax(workspace, args).logits;
 }
 
 cudaError_t focus_scores(const FocusScoresArgs& args, cudaStream_t stream) {

@@ -25,6 +25,10 @@ struct FocusScoresArgs {
 // reads the sizes alone
 size_t focus_scores_workspace(const FocusScoresArgs& args);
 
+// The logits of all queries and the keys visible to them, scaled, [B, H, Lq, L]: in the workspace
+// once focus_scores is done where there are few queries, else null.
+const float* focus_logits(const FocusScoresArgs& args);
+
 cudaError_t focus_scores(const FocusScoresArgs& args, cudaStream_t stream);
 
 }  // namespace vmtc::cuda

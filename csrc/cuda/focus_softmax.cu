@@ -5,11 +5,14 @@
 namespace vmtc::cuda {
 namespace {
 
-constexpr int64_t LEAST_PART = 512, MOST_PARTS = 16, MOST_BLOCKS = 1024;
+constexpr int64_t MOST_BLOCKS = 1024;
 
-// keys of a part, by the length alone: results do not depend on the batch. A multiple of every tile
-int64_t part_of(int64_t L) {
-  return ceil_div(std::max(ceil_div(L, MOST_PARTS), LEAST_PART), int64_t(64)) * 64;
+// Keys of a part, by the shape of one sequence alone: results do not depend on the batch. A
+// multiple of every tile. Few rows have nothing but the parts to fill a GPU with.
+int64_t part_of(const FocusScoresArgs& args) {
+  const int64_t least = few_rows(args) ? 256 : 512, most = few_rows(args) ? 32 : 16;
+  const int64_t share = ceil_div(args.layout.sequence.L, most);
+  return ceil_div(std::max(share, least), int64_t(64)) * 64;
 }
 
 struct Plan {
@@ -17,7 +20,7 @@ struct Plan {
   bool two, packed;        // two tiles of keys; all rows can be moved in packs
 };
 
-// Rows are pairs of a text query and a head of one group, the heads of a query being neighbours. A
+// Rows are pairs of a query and a head of one group, the heads of a query being neighbours. A
 // block takes job after job of its sequence: how many there are depends on how many queries are
 // text, which only the device knows.
 template <typename T, int D>
@@ -31,7 +34,10 @@ __global__ void __launch_bounds__(FocusTile<T, D>::THREADS, FocusTile<T, D>::BLO
   const int64_t b = block_index() / blocks, share = args.H / args.G, Lq = sequence.Lq;
   if (b >= sequence.B) return;
   const int32_t* text_rows = args.layout.rows + b * Lq;
-  const int64_t rows = args.layout.row_count[b] * share;
+  const int64_t rows = (softmax.logits ? Lq : args.layout.row_count[b]) * share;
+  const auto query_of = [&](int64_t row) {
+    return softmax.logits ? row / share : int64_t(text_rows[row / share]);
+  };
   const int64_t jobs = ceil_div(rows, int64_t(Tile::ROWS)) * args.G * softmax.parts;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, d = int(args.d);
 
@@ -45,13 +51,12 @@ __global__ void __launch_bounds__(FocusTile<T, D>::THREADS, FocusTile<T, D>::BLO
     // every warp finds the last key of all rows of the block, so that no barrier is needed
     int last = -1, position[2];
     for (int r = lane; r < Tile::ROWS; r += WARP)
-      if (first_row + r < rows)
-        last = max(last, position_of(sequence, b, text_rows[(first_row + r) / share]));
+      if (first_row + r < rows) last = max(last, position_of(sequence, b, query_of(first_row + r)));
     last = warp_max(last);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t row = first_row + Tile::row(i);
-      position[i] = row < rows ? position_of(sequence, b, text_rows[row / share]) : -1;
+      position[i] = row < rows ? position_of(sequence, b, query_of(row)) : -1;
     }
     const int begin = int(part) * plan.part_tiles;
     const int end = min(last / Tile::KEYS + 1, begin + plan.part_tiles);
@@ -73,9 +78,8 @@ __global__ void __launch_bounds__(FocusTile<T, D>::THREADS, FocusTile<T, D>::BLO
     if (begin < end)
       Tile::template load<Tile::ROWS>(queries, plan.stride, d, plan.packed, q, [&](int r) {
         const int64_t row = first_row + r;
-        return row < rows
-                   ? row % share * args.q.head_stride + text_rows[row / share] * args.q.row_stride
-                   : int64_t(-1);
+        return row < rows ? row % share * args.q.head_stride + query_of(row) * args.q.row_stride
+                          : int64_t(-1);
       });
     load_keys(begin);
     const auto store = [&](const float (&s)[Tile::COLUMNS][4], int i, int64_t row, int tile) {
@@ -155,7 +159,7 @@ __global__ void __launch_bounds__(COMBINE_THREADS)
   const int64_t Lq = args.layout.sequence.Lq;
   const int64_t at = block_index() * COMBINE_THREADS + threadIdx.x;
   if (at >= args.layout.sequence.B * args.H * Lq) return;
-  if (at % Lq >= args.layout.row_count[at / Lq / args.H]) return;
+  if (!softmax.logits && at % Lq >= args.layout.row_count[at / Lq / args.H]) return;
   const Softmax* each = softmax.partial + at * softmax.parts;
   float largest = -INFINITY, sum = 0;
   for (int64_t p = 0; p < softmax.parts; ++p) largest = fmaxf(largest, each[p].largest);
@@ -171,7 +175,7 @@ FocusSoftmax carve_softmax(Workspace& workspace, const FocusScoresArgs& args) {
   const int64_t L = args.layout.sequence.L;
   const int64_t rows = args.layout.sequence.B * args.H * args.layout.sequence.Lq;
   FocusSoftmax softmax{};
-  softmax.parts = std::max<int64_t>(ceil_div(L, part_of(L)), 1);
+  softmax.parts = std::max<int64_t>(ceil_div(L, part_of(args)), 1);
   softmax.partial = workspace.take<Softmax>(rows * softmax.parts);
   softmax.whole = workspace.take<Softmax>(rows);
   if (few_rows(args)) softmax.logits = workspace.take<float>(rows * L);
@@ -185,7 +189,7 @@ cudaError_t focus_softmax(const FocusScoresArgs& args, const FocusSoftmax& softm
     using T = decltype(zero);
     using Tile = FocusTile<T, most.value>;
     Plan plan{};
-    plan.part_tiles = int(part_of(sequence.L) / Tile::KEYS);
+    plan.part_tiles = int(part_of(args) / Tile::KEYS);
     plan.stride = Tile::stride_of(args.d);
     plan.packed = in_packs(args.q, args.dtype, args.d) && in_packs(args.k, args.dtype, args.d);
     const size_t keys = Tile::KEYS * plan.stride * sizeof(T);

@@ -11,11 +11,12 @@ struct Softmax {
 };
 
 struct FocusSoftmax {
-  int64_t parts;     // of the keys
-  Softmax* partial;  // [B, H, Lq, parts], rows in the order of the text queries
+  int64_t parts;  // of the keys
+  // rows are the text queries in their order or, where logits are kept, all queries
+  Softmax* partial;  // [B, H, Lq, parts]
   Softmax* whole;    // [B, H, Lq], with share / sum
-  // [B, H, Lq, L] where there are so few queries that keys are worth more than logits, else null;
-  // only those of visible keys are written
+  // [B, H, Lq, L], scaled, where there are so few queries that keys are worth more than logits,
+  // else null; only those of visible keys are written
   float* logits;
 };
 

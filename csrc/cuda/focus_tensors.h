@@ -114,7 +114,8 @@ inline MaskedAttentionArgs attention_args(const at::Tensor& q, const at::Tensor&
   args.v = heads_of_tensor(v);
   args.dtype = dtype_of(q, "q");
   args.H = q.size(1), args.G = k.size(1), args.d = q.size(3), args.dv = v.size(3);
-  args.suppression = float(suppression);
+  // of the float64: float32 may round it to 0
+  args.penalty = float(std::log(suppression));
   args.scale = scale_or_default(scale, args.d);
   return args;
 }

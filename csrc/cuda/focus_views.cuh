@@ -74,7 +74,7 @@ class Views {
     int* each = reinterpret_cast<int*>(unions);
     if (lane == 0) each[warp] = last;
     bool any = false;
-    if (args.suppression != 1.f) {
+    if (args.penalty != 0.f) {
       const int32_t* before = nullptr;
 #pragma unroll 1
       for (int r = 0; r < 16; ++r) {
@@ -117,7 +117,7 @@ class Views {
     if (any_low_ && keys.image && view.seen)
       view.low =
           spread<Bits>(window<Bits>(mask_, args_.W, keys.first_image), keys.image) & view.seen;
-    if (args_.suppression == 0.f) {
+    if (args_.penalty == -INFINITY) {
       view.seen &= ~view.low;
       view.low = 0;
     }

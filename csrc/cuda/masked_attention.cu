@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(FocusTile<T, D>::THREADS, FocusTile<T, D>::BLO
   T* values = keys + (plan.two ? Tile::KEYS * plan.stride : 0);  // the same
   Bits* unions = reinterpret_cast<Bits*>(values + Tile::KEYS * plan.stride);
 
-  const int64_t B = args.layout.sequence.B, Lq = args.layout.sequence.Lq, share = args.H / args.G;
+  const int64_t B = args.layout.sequence.B, L = args.layout.sequence.L,
+                Lq = args.layout.sequence.Lq, share = args.H / args.G;
   int64_t job = block_index();
   if (job >= B * args.G * plan.parts * plan.row_tiles) return;
   const int64_t group = job % args.G;
@@ -93,38 +94,61 @@ __global__ void __launch_bounds__(FocusTile<T, D>::THREADS, FocusTile<T, D>::BLO
           [&](int r) { return view.keys >> r & 1 ? r * stride : int64_t(-1); });
     cp_async_commit();
   };
+  const auto load_keys = [&](const View<Bits>& view) {
+    if (args.logits)
+      cp_async_commit();
+    else
+      load_tile(keys, k, args.k.row_stride, d, view);
+  };
   View<Bits> next = views.find(begin, end);
-  if (next.tile < end)
+  if (next.tile < end && !args.logits)
     Tile::template load<Tile::ROWS>(queries, plan.stride, d, plan.packed, q, [&](int r) {
       const int64_t row = first_row + r;
       return row < plan.rows ? row % share * args.q.head_stride + row / share * args.q.row_stride
                              : int64_t(-1);
     });
-  load_tile(keys, k, args.k.row_stride, d, next);
+  load_keys(next);
   if (plan.two) load_tile(values, v, args.v.row_stride, dv, next);
 
-  const float penalty = args.suppression == 0.f ? 0.f : logf(args.suppression);
+  const float scale = args.logits ? 1.f : args.scale;
   float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {};
   float o[D / 8][4] = {}, s[Tile::COLUMNS][4];
+  const auto read_logits = [&](int tile) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = int(first_row) + Tile::row(i), heads = int(share);
+      const int64_t at = (b * args.H + group * share + row % heads) * Lq + row / heads;
+#pragma unroll
+      for (int n = 0; n < Tile::COLUMNS; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int64_t key = int64_t(tile) * Tile::KEYS + Tile::column(n, e);
+          // those of keys that the row does not see may be anything
+          s[n][2 * i + e] = row < plan.rows && key < L ? args.logits[at * L + key] : 0.f;
+        }
+    }
+  };
   while (next.tile < end) {
     const View<Bits> now = next;
+    // before the waits that follow
+    if (args.logits && now.mine) read_logits(now.tile);
     next = views.find(now.tile + 1, end);
     if (plan.two)
       cp_async_wait<1>();
     else
       cp_async_wait<0>();
     __syncthreads();
-    if (now.mine) Tile::products(s, queries, keys, plan.stride, d);
+    if (now.mine && !args.logits) Tile::products(s, queries, keys, plan.stride, d);
     __syncthreads();
     if (plan.two)
-      load_tile(keys, k, args.k.row_stride, d, next);
+      load_keys(next);
     else
       load_tile(values, v, args.v.row_stride, dv, now);
     if (now.mine) {
 #pragma unroll
       for (int n = 0; n < Tile::COLUMNS; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[n][e] *= args.scale;
+        for (int e = 0; e < 4; ++e) s[n][e] *= scale;
       if (!now.plain) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -136,7 +160,7 @@ __global__ void __launch_bounds__(FocusTile<T, D>::THREADS, FocusTile<T, D>::BLO
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               float& logit = s[n][2 * i + e];
-              if (low >> (8 * n + e) & 1) logit += penalty;
+              if (low >> (8 * n + e) & 1) logit += args.penalty;
               if (!(seen >> (8 * n + e) & 1)) logit = -INFINITY;
             }
         }
@@ -178,7 +202,7 @@ __global__ void __launch_bounds__(FocusTile<T, D>::THREADS, FocusTile<T, D>::BLO
     if (plan.two)
       load_tile(values, v, args.v.row_stride, dv, next);
     else
-      load_tile(keys, k, args.k.row_stride, d, next);
+      load_keys(next);
   }
   cp_async_wait<0>();
 

@@ -15,7 +15,9 @@ struct MaskedAttentionArgs {
   // [B, M, Lq, W], M 1 or H; the stride of M is 0 where it is 1
   const int32_t* mask;
   int64_t mask_batch_stride, mask_head_stride, mask_row_stride, W;
-  float suppression, scale;
+  float penalty;        // log(suppression), added to the logits of inhibited pairs; may be -inf
+  const float* logits;  // as focus_logits returns them: keys are not read then; null if unknown
+  float scale;
   void* workspace;  // of masked_attention_workspace bytes
   void* out;        // [B, H, Lq, dv]
   float* lse;       // [B, H, Lq], or null
