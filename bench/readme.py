@@ -31,10 +31,10 @@ def section(path: Path) -> str:
         sys.exit(f"{path} is not for the README: dirty tree {environment['dirty']}, {disturbed=}")
     lines = [
         f"{headline(environment)}:"
-        f" [{path.name}]({path.resolve().relative_to(ROOT)}). Milliseconds an image, median"
-        " [20th, 80th percentile]; every result was checked against the reference before it was"
-        " timed. The rivals only cluster tokens already gathered; ours selects, clusters and"
-        " merges.",
+        f" [{path.name}]({path.resolve().relative_to(ROOT)}). Milliseconds an image or sequence,"
+        " median [20th, 80th percentile]; every result was checked against the reference before it"
+        " was timed. The rivals of merge_tokens only cluster tokens already gathered; ours selects,"
+        " clusters and merges. SDPA only attends; ours scores, inhibits and attends.",
         "",
     ]
     for suite in dict.fromkeys(result["suite"] for result in results):
