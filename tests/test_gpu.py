@@ -19,7 +19,7 @@ from torch import Tensor
 from work import CASES, Work
 
 import vmtc_kernels
-from vmtc_kernels import kmeans, merge_tokens, token_importance, use_backend
+from vmtc_kernels import focus_attention, kmeans, merge_tokens, token_importance, use_backend
 
 GPU_BACKENDS = ("triton", "cuda")
 AVAILABLE = vmtc_kernels.available_backends()
@@ -144,6 +144,13 @@ def random(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.bfloat16).normal_(generator=generator)
 
 
+def modality(batch: int, length: int) -> Tensor:
+    """Text around one image of 64 tokens."""
+    kinds = torch.ones(batch, length, dtype=torch.uint8)
+    kinds[:, 20:84] = 2
+    return kinds
+
+
 # more than 2^31 elements in the input, in the tokens that come out, or in all pairs of tokens
 LARGE: dict[str, tuple[int, Callable[[], tuple[Callable[..., Any], dict[str, Any]]]]] = {
     "merge_tokens": (
@@ -199,6 +206,35 @@ LARGE: dict[str, tuple[int, Callable[[], tuple[Callable[..., Any], dict[str, Any
         lambda: (
             token_importance,
             {"q": (q := random(2100, 16, 1024, 64)), "k": q.roll(1, 0), "cls_index": None},
+        ),
+    ),
+    "focus_attention": (
+        30,
+        lambda: (
+            focus_attention,
+            {
+                "q": (q := random(2100, 8, 1024, 128)),
+                "k": q.roll(1, 0),
+                "v": q,
+                "modality": modality(2100, 1024),
+                "num_image": 64,
+                "keep_ratio": 0.5,
+            },
+        ),
+    ),
+    "focus_attention, decode": (
+        20,
+        lambda: (
+            focus_attention,
+            {
+                "q": random(300, 32, 1, 128),
+                "k": (k := random(300, 8, 8192, 128)),
+                "v": k,
+                "modality": modality(300, 8192),
+                "num_image": 64,
+                "keep_ratio": 0.5,
+                "text_image": torch.rand(300, 1, 8192, 64),
+            },
         ),
     ),
 }
