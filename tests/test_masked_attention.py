@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from work import is_slow
 
-from vmtc_kernels import masked_attention, use_backend
+from vmtc_kernels import BackendError, masked_attention, use_backend
 
 
 class TestContract(OperatorContract):
@@ -210,6 +210,17 @@ def test_large_logits_do_not_overflow(backend: str) -> None:
         options = {"mask": random_bits(4, 1, 24, 1), "scale": 0.5, "suppression": suppression}
         got = masked_attention(**given, **options)
         for value, want in zip(got, expected(**given, **options), strict=True):
+            assert_close(value, want)
+
+
+def test_heads_too_wide_for_a_gpu_are_refused_by_its_kernels(backend: str) -> None:
+    given = attention_inputs(1, 2, 1, 9, 300, dv=8)
+    given["mask"] = random_bits(1, 1, 9, 1)
+    if backend in ("triton", "cuda"):
+        with pytest.raises(BackendError, match="heads of up to 256 features, got 300"):
+            masked_attention(**given)
+    else:
+        for value, want in zip(masked_attention(**given), expected(**given), strict=True):
             assert_close(value, want)
 
 

@@ -154,6 +154,8 @@ BAD: list[tuple[dict[str, Any], Any, str]] = [
     ({"k_cache": K[0]}, ValueError, r"k_cache must be \[blocks, block_size, G, d\], got shape"),
     ({"k_cache": K.half()}, TypeError, "k_cache must be torch.float32 like q, got torch.float16"),
     ({"k_cache": K[..., 1:]}, ValueError, r"k_cache must be \[6, 4, 2, 3\] .d of q., got"),
+    ({"k_cache": K[:0]}, ValueError, r"k_cache must have blocks of rows, got \[0, 4, 2, 3\]"),
+    ({"v_cache": K[:, :0]}, ValueError, r"v_cache must have blocks of rows, got \[6, 0, 2, 3\]"),
     ({"v_cache": K[1:]}, ValueError, r"v_cache must be \[6, 4, 2, 3\] .*, got \[5, 4, 2, 3\]"),
     ({"v_cache": K[..., :0]}, ValueError, "v_cache must have at least one feature"),
     ({"q": torch.zeros(2, 3, 1, 3)}, ValueError, "k_cache must have heads that divide the 3 of q"),

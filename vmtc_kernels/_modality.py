@@ -174,3 +174,18 @@ def check_selection(op: str, keep_ratio: Any, threshold: Any, min_keep: Any) -> 
 def check_suppression(op: str, suppression: Any) -> None:
     if not 0 <= suppression <= 1:
         raise ValueError(f"{op}: suppression must be in [0, 1], got {suppression}")
+
+
+# features of a head that the kernels for GPUs hold at a time
+_WIDEST = 256
+
+
+def too_wide(backend: str, *args: Any, **kwargs: Any) -> str | None:
+    """Why a kernel cannot take heads of so many features; the first three arguments have them."""
+    if backend not in ("cuda", "triton"):
+        return None
+    given = (*args[:3], *(kwargs.get(name) for name in ("q", "k", "v", "k_cache", "v_cache")))
+    widest = max(x.shape[-1] for x in given if isinstance(x, Tensor) and x.dim() == 4)
+    if widest <= _WIDEST:
+        return None
+    return f"the {backend} kernel takes heads of up to {_WIDEST} features, got {widest}"

@@ -98,6 +98,7 @@ class Operator:
     check: Callable[..., None]
     implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
     prefer: Callable[..., tuple[str, str]] | None = None
+    refuse: Callable[..., str | None] | None = None
     # backends that failed to compile for this operator, and how
     broken: dict[str, str] = field(default_factory=dict)
 
@@ -139,6 +140,7 @@ def define(
     autograd: Callable[..., Any] | None = None,
     mutates: str | None = None,
     prefer: Callable[..., tuple[str, str]] | None = None,
+    refuse: Callable[..., str | None] | None = None,
 ) -> Any:
     """Register operator ``vmtc::name`` and return its overload.
 
@@ -149,8 +151,9 @@ def define(
     mutates: the argument that is written.
     check: raises on bad arguments; runs before any backend and before the fake.
     prefer: (compute capability, *arguments) -> which of cuda and triton goes first, and why.
+    refuse: (backend, *arguments) -> why its kernel cannot take them, or None.
     """
-    op = OPERATORS[name] = Operator(name, check, {"reference": reference}, prefer)
+    op = OPERATORS[name] = Operator(name, check, {"reference": reference}, prefer, refuse)
 
     _library.define(name + schema)
     if torch._C._dispatch_has_kernel(f"vmtc_cpu::{name}"):
@@ -385,4 +388,4 @@ def _refusal(
             f"the {backend} kernel needs compute capability {least[0]}.{least[1]},"
             f" this GPU has {capability[0]}.{capability[1]}"
         )
-    return None
+    return op.refuse(backend, *args, **kwargs) if op.refuse else None

@@ -236,4 +236,5 @@ _op = _registry.define(
     mutates="text_image",
     autograd=_differentiable,
     prefer=_dispatch.attention,
+    refuse=_modality.too_wide,
 )

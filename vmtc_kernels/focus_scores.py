@@ -171,4 +171,5 @@ _op = _registry.define(
     mutates="text_image",
     autograd=None,
     prefer=_dispatch.attention,
+    refuse=_modality.too_wide,
 )

@@ -205,4 +205,5 @@ _op = _registry.define(
     setup_context=_setup_context,
     backward=_backward,
     prefer=_dispatch.attention,
+    refuse=_modality.too_wide,
 )

@@ -152,6 +152,8 @@ def _check(
         _checks.tensor(op, name, cache, f"blocks, block_size, G, {width}")
         _modality.check_like_queries(op, name, cache, q)
         _checks.nonempty_features(op, name, cache)
+        if 0 in cache.shape[:2]:
+            raise ValueError(f"{op}: {name} must have blocks of rows, got {list(cache.shape)}")
     _modality.check_groups(op, "k_cache", q, k_cache.shape[2])
     _checks.size(op, "k_cache", k_cache, (*k_cache.shape[:3], q.shape[3]), "d of q")
     _checks.size(
@@ -194,4 +196,5 @@ _op = _registry.define(
     fake=_fake,
     mutates="text_image",
     prefer=_dispatch.attention,
+    refuse=_modality.too_wide,
 )

@@ -1,19 +1,17 @@
 // Score, inhibit, attend: the launchers of the three operators over one layout.
+#include "focus_attention.h"
+
 #include <torch/library.h>
 
-#include "focus_tensors.h"
-
 namespace vmtc::cuda {
-namespace {
 
-// q: [B, H, Lq, d], k: [B, G, L, d], v: [B, G, L, dv], modality: u8 [B, L],
-// text_image: f32 [B, M, L_max, I] -> [B, H, Lq, dv]
-at::Tensor run(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
-               const at::Tensor& modality, int64_t num_image, std::optional<double> keep_ratio,
-               std::optional<double> threshold, std::string_view aggregate,
-               std::string_view head_mode, bool renormalize, int64_t min_keep, double suppression,
-               std::optional<double> scale, const std::optional<at::Tensor>& text_image,
-               const std::optional<at::Tensor>& positions, int64_t stream) {
+at::Tensor focus_attention(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+                           const at::Tensor& modality, int64_t num_image,
+                           std::optional<double> keep_ratio, std::optional<double> threshold,
+                           std::string_view aggregate, std::string_view head_mode, bool renormalize,
+                           int64_t min_keep, double suppression, std::optional<double> scale,
+                           const std::optional<at::Tensor>& text_image,
+                           const std::optional<at::Tensor>& positions, int64_t stream) {
   constexpr char OP[] = "focus_attention";
   check_attention(q_in, k_in, v_in, modality.size(-1));
   const c10::OptionalDeviceGuard guard(q_in.device());
@@ -55,7 +53,6 @@ at::Tensor run(const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor&
   return out;
 }
 
-TORCH_LIBRARY_IMPL(vmtc_cuda, VMTC_CUDA_KEY, m) { m.impl("focus_attention", run); }
+TORCH_LIBRARY_IMPL(vmtc_cuda, VMTC_CUDA_KEY, m) { m.impl("focus_attention", focus_attention); }
 
-}  // namespace
 }  // namespace vmtc::cuda
