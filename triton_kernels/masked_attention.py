@@ -30,9 +30,7 @@ def operands(
     """
     paged = table is not None
     named = {"q": q, "k": k} | ({} if v is None else {"v": v})
-    named = {
-        n: x if x.shape[3] == 1 or x.stride(3) == 1 else x.contiguous() for n, x in named.items()
-    }
+    named = {n: dense(x) for n, x in named.items()}
     unit = min(row_unit(x) for x in named.values())
     given: dict[str, Any] = {}
     for name, x in named.items():
