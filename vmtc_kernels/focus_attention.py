@@ -65,7 +65,7 @@ def focus_attention(
         scale: ``d ** -0.5`` if None.
         text_image: float32 ``[B, M, L_max, I]``, ``M`` 1 or, for ``head_mode="per_head"``, ``H``.
             Needed where ``Lq < L``; the rows of this call's text queries are written into it.
-        query_positions: int32 ``[B, Lq]``, strictly ascending; by default the last ``Lq`` positions.
+        query_positions: int32 ``[B, Lq]``, strictly ascending; by default the last positions.
         return_lse, return_scores, return_mask: return these too. The three parts are then run one
             after the other.
 

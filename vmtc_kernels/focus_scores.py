@@ -44,8 +44,8 @@ def focus_scores(
         text_image: float32 ``[B, M, L_max, I]`` with ``L_max >= L``, the rows :math:`A^{tv}_k` by
             position. Those of the text queries of this call are written, those of earlier ones
             read. Needed where ``Lq < L`` (chunked prefill, decode).
-        query_positions: int32 ``[B, Lq]``, strictly ascending, the position of each query; by default they
-            are the last ``Lq`` of the ``L`` positions. A query outside of ``0..L-1`` is padding.
+        query_positions: int32 ``[B, Lq]``, strictly ascending, the position of each query; by
+            default the last ``Lq`` of the ``L``. A query outside of ``0..L-1`` is padding.
 
     Returns:
         float32 ``[B, M, Lq, I]`` (float64 for float64 input); rows that are not text are zero. Not

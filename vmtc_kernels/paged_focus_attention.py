@@ -40,8 +40,8 @@ def paged_focus_attention(
         seq_lens: int32 ``[B]``, keys of each sequence; those at or beyond it are padding, and so
             are keys whose table entry is no block.
         modality: uint8 ``[B, L]`` with ``Lq <= L <= max_blocks * block_size``.
-        query_positions: int32 ``[B, Lq]``, strictly ascending; by default the last ``Lq`` of the sequence's
-            ``seq_lens[b]`` positions.
+        query_positions: int32 ``[B, Lq]``, strictly ascending; by default the last ``Lq`` of the
+            sequence's ``seq_lens[b]`` positions.
         num_image, keep_ratio, threshold, aggregate, head_mode, renormalize, min_keep, suppression,
             scale, text_image: as in `focus_attention`.
 
