@@ -232,3 +232,21 @@ def test_no_matrix_of_all_pairs_is_stored(name: str) -> None:
     mask = random_bits(1, 1, L, L // 32)
     with use_backend(name):
         assert peak_memory(lambda: masked_attention(**given, mask=mask)) < 2 * L * L * 4
+
+
+@pytest.mark.parametrize("suppression", [0.0, 0.5])
+def test_blocks_of_keys_that_are_nearly_all_inhibited(backend: str, suppression: float) -> None:
+    """Whole blocks may be passed over, but none in which one query keeps one key."""
+    L = 200 if is_slow(backend) else 1300
+    given = attention_inputs(1, 2, 1, L, 8, queries=9)
+    given["modality"] = torch.full((1, L), 2, dtype=torch.uint8)
+    given["modality"][:, -9:] = 1
+    mask = torch.full((1, 1, 9, -(-L // 32)), -1, dtype=torch.int32)
+    # of more than 500 image tokens a single query keeps a single one
+    for word in range(1, mask.shape[3], 17):
+        mask[0, 0, word % 9, word] = ~(1 << word % 31)
+    options = {"mask": mask, "suppression": suppression}
+    for value, want in zip(
+        masked_attention(**given, **options), expected(**given, **options), strict=True
+    ):
+        assert_close(value, want)
