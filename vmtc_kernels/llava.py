@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import _modality, _registry
 from .config import CMAIConfig
+from .focus_mask import unpack
 from .patches import InputError
 
 # no other package's: transformers has one table of attention functions for the whole process
@@ -94,7 +95,7 @@ class Llava:
             grid=grid,
             words=_words(self.processor.tokenizer, ids[0, after].tolist()),
             scores=scores.numpy(),
-            inhibited=_bits(result.mask[0, 0, after], grid**2).cpu().numpy(),
+            inhibited=unpack(result.mask[0, 0, after], grid**2).cpu().numpy(),
             config=config,
             layer=index,
             layers=self.model.config.text_config.num_hidden_layers,
@@ -193,12 +194,6 @@ def _words(tokenizer: Any, ids: list[int]) -> list[str]:
         words.append(whole[end : len(text)])
         end = max(end, len(text))
     return words
-
-
-def _bits(mask: Tensor, count: int) -> Tensor:
-    """Packed bits i32 [T, words] as bool [T, count]."""
-    rank = torch.arange(count, device=mask.device)
-    return (mask[:, rank // 32] >> (rank % 32)) & 1 == 1
 
 
 @contextmanager
