@@ -15,6 +15,7 @@ from .merge_tokens import WEIGHTINGS, MergedTokens, merge_tokens
 from .token_importance import token_importance
 
 PLACEMENTS = ("before_projector", "after_projector")
+SCORE_SOURCES = ("auto", "cls", "received")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,9 @@ class VMTCConfig:
         iterations: rounds of k-means after the first assignment (not known; 10).
         score_layer: encoder layer whose attention gives the importance, counted as in a Python
             list (not known; -2, the layer whose output LLaVA uses).
+        score_source: ``"cls"``, the attention from [CLS] (reported); ``"received"``, what a token
+            receives from all, for encoders without [CLS] (ours); ``"auto"``, the first that the
+            encoder has.
         feature_layer: what is clustered: ``None`` for the tokens that are merged, ``"keys"`` for
             the attention keys of ``score_layer``, or a layer whose output is taken (not known).
         head_reduction: ``"mean"`` (reported) or ``"max"`` over the heads of ``score_layer``.
@@ -43,6 +47,7 @@ class VMTCConfig:
     weighting: str = "score"
     iterations: int = 10
     score_layer: int = -2
+    score_source: str = "auto"
     feature_layer: int | Literal["keys"] | None = None
     head_reduction: str = "mean"
     placement: int | str = "before_projector"
@@ -61,18 +66,26 @@ class VMTCConfig:
         _checks.option(name, "metric", self.metric, METRICS)
         _checks.option(name, "weighting", self.weighting, WEIGHTINGS)
         _checks.count(name, "iterations", self.iterations, 0)
+        _checks.option(name, "score_source", self.score_source, SCORE_SOURCES)
         _checks.option(name, "head_reduction", self.head_reduction, ("mean", "max"))
         if isinstance(self.feature_layer, str):
             _checks.option(name, "feature_layer", self.feature_layer, ("keys",))
         if isinstance(self.placement, str):
             _checks.option(name, "placement", self.placement, PLACEMENTS)
 
-    def counts(self, num_tokens: int) -> tuple[int, int]:
-        """``(P, K)`` for an image of ``num_tokens`` tokens; raises where they exceed it."""
+    def counts(self, num_tokens: int, *, clip: bool = False) -> tuple[int, int]:
+        """``(P, K)`` for an image of ``num_tokens`` tokens.
+
+        Where they exceed it, raises; with ``clip`` they become less, primary tokens first.
+        """
         primary, merged = (
             int(value * num_tokens + 0.5) if isinstance(value, float) else value
             for value in (self.num_primary, self.num_merged)
         )
+        if clip:
+            primary = min(primary, num_tokens)
+            merged = min(merged, num_tokens - primary)
+            return (primary, merged) if primary + merged else (min(1, num_tokens), 0)
         if not 0 < primary + merged <= num_tokens:
             raise ValueError(
                 f"VMTCConfig: num_primary + num_merged must be 1 to {num_tokens} for an image of"

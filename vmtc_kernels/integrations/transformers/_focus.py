@@ -1,0 +1,253 @@
+"""CMAI as an attention implementation, with a state that lives in the cache of keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DummyLayer
+
+from ...config import CMAIConfig
+from ...focus_attention import FocusAttention
+from ._families import Family
+
+TEXT, IMAGE = 1, 2  # modality, see `focus_attention`
+# transformers has one table of attention functions for the whole process; parts of some names,
+# "sdpa" for one, mean something to it
+KEY = "vmtc_focus"
+
+
+class State(DummyLayer):
+    """What CMAI has to know of the tokens in a cache: one more layer, without keys and values.
+
+    As a layer it goes where the cache goes: it is reordered, expanded and selected with it. What
+    lies beyond the cache's length, after a crop for example, is cleared before the next token.
+
+    ``modality``: u8 ``[B, P]``, P positions at least as many as there are keys; ``text_image``:
+    of each layer that inhibits, f32 ``[B, M, P, I]``, once there is an image.
+    """
+
+    def __init__(self, modality: Tensor) -> None:
+        super().__init__()
+        self.modality = modality
+        self.text_image: dict[int, Tensor] = {}
+        self.num_image = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda x: x[indices.to(x.device)])
+
+    def _each(self, change: Any) -> None:
+        self.modality = change(self.modality)
+        self.text_image = {layer: change(x) for layer, x in self.text_image.items()}
+
+    def reserve(self, positions: int, num_image: int) -> None:
+        """Room for as many positions and image tokens."""
+        self.num_image = max(self.num_image, num_image)
+        more = positions - self.modality.shape[1]
+        if more > 0:
+            self.modality = torch.nn.functional.pad(self.modality, (0, more))
+        for layer, x in self.text_image.items():
+            grow = self.num_image - x.shape[3]
+            if more > 0 or grow > 0:
+                self.text_image[layer] = torch.nn.functional.pad(x, (0, grow, 0, max(more, 0)))
+
+
+class Focus:
+    """Inhibition in a model's language model, from `attach` until `detach`."""
+
+    def __init__(
+        self, family: Family, config: CMAIConfig, recorded: dict[int, FocusAttention] | None
+    ) -> None:
+        self.family, self.config, self.recorded = family, config, recorded
+        text = family.text.config
+        self.implementation = _check(family)
+        layers = text.num_hidden_layers
+        self.layers = [i for i in range(layers) if config.applies(i, layers)]
+        # of the forward pass that runs
+        self.ids: Tensor | None = None
+        self.mask: Any = None
+        self.state: State | None = None
+        self.positions: Tensor | None = None
+
+        _register()
+        family.model.set_attn_implementation({"text_config": KEY})
+        self.attentions = [layer.self_attn for layer in family.text.layers]
+        for index in self.layers:
+            self.attentions[index].vmtc_focus = self
+        self.hooks = [
+            family.core.register_forward_pre_hook(self._see, with_kwargs=True),
+            family.text.register_forward_pre_hook(self._begin, with_kwargs=True),
+            family.text.register_forward_hook(self._end, with_kwargs=True),
+        ]
+
+    def detach(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for index in self.layers:
+            del self.attentions[index].vmtc_focus
+        self.family.model.set_attn_implementation({"text_config": self.implementation})
+
+    def _see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model's inputs, which its language model does not get."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is None:
+            raise ValueError(
+                "CMAI needs input_ids, which say what is an image: pass these, not inputs_embeds"
+            )
+        self.ids, self.mask = ids, kwargs.get("attention_mask")
+
+    def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Note who the new tokens are, before the first layer runs."""
+        if module.config._attn_implementation != KEY:
+            raise RuntimeError(
+                "CMAI was attached, but the attention implementation is now"
+                f" {module.config._attn_implementation!r}: call detach, then attach again"
+            )
+        ids, cache = self.ids, kwargs.get("cache", kwargs.get("past_key_values"))
+        assert ids is not None
+        past = 0 if cache is None else cache.get_seq_length()
+        place = torch.arange(ids.shape[1], device=ids.device) + past
+        modality = torch.full_like(ids, TEXT, dtype=torch.uint8)
+        if ids.shape[1] > 1:
+            for token in self.family.tokens.values():
+                modality.masked_fill_(ids == token, IMAGE)
+            modality *= _real(self.mask, place)
+
+        state = _state_of(cache)
+        if state is None:
+            _check_cache(cache, past)
+            state = State(modality.new_zeros(len(ids), 0))
+        room = cache.get_max_length() if cache is not None and cache.layers else -1
+        if room < 0:
+            room = ids.shape[1] + past
+            if room > state.modality.shape[1] and kwargs.get("use_cache") is not False:
+                room += room // 4 + 64  # not anew for each token
+        state.reserve(room, 0)
+        beyond = torch.arange(state.modality.shape[1], device=ids.device) >= past
+        state.modality.masked_fill_(beyond, 0)
+        state.modality.scatter_(1, place.expand_as(ids), modality)
+        if ids.shape[1] > 1:
+            images = (state.modality == IMAGE).sum(1)
+            state.reserve(0, int(images.max()) if len(images) else 0)
+        if state.num_image and kwargs.get("use_cache") is not False:
+            self._reserve_scores(state)
+        self.state, self.positions = state, place.to(torch.int32).expand_as(ids)
+        if self.recorded is not None:
+            self.recorded.clear()
+
+    def _reserve_scores(self, state: State) -> None:
+        heads = self.family.text.config.num_attention_heads
+        for layer in self.layers:
+            if layer not in state.text_image:
+                state.text_image[layer] = self.config.text_image(
+                    *(len(state.modality), heads, state.modality.shape[1], state.num_image),
+                    device=self.attentions[layer].o_proj.weight.device,
+                )
+
+    def _end(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cache = getattr(output, "cache", None)
+        cache = getattr(output, "past_key_values", None) if cache is None else cache
+        if cache is not None and _state_of(cache) is None:
+            cache.layers.append(self.state)
+        self.ids = self.mask = self.state = self.positions = None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        """``[B, Lq, H, dv]``, as transformers wants it."""
+        state, positions = self.state, self.positions
+        assert state is not None and positions is not None
+        result = self.config.attention(
+            q,
+            k,
+            v,
+            state.modality[:, : k.shape[2]].to(k.device),
+            state.num_image,
+            scale=scale,
+            text_image=state.text_image.get(layer),
+            query_positions=positions.to(q.device),
+            return_scores=self.recorded is not None,
+            return_mask=self.recorded is not None,
+        )
+        if isinstance(result, FocusAttention):
+            assert self.recorded is not None
+            self.recorded[layer] = result
+            result = result.out
+        return result.transpose(1, 2).contiguous()
+
+
+def _register() -> None:
+    stock = AttentionInterface()["sdpa"]
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        focus = getattr(module, "vmtc_focus", None)
+        if focus is None or focus.state is None or not focus.state.num_image:
+            return stock(module, query, key, value, *args, **kwargs)
+        if kwargs.get("dropout"):
+            raise ValueError("CMAI has no attention dropout: set attention_dropout to 0")
+        return focus.attend(module.layer_idx, query, key, value, kwargs.get("scaling")), None
+
+    AttentionInterface.register(KEY, attend)
+    # without a mask function of the same name layers that do not inhibit would have no mask
+    AttentionMaskInterface.register(KEY, AttentionMaskInterface()["sdpa"])
+
+
+def _state_of(cache: Any) -> State | None:
+    layers = getattr(cache, "layers", None)
+    return layers[-1] if layers and isinstance(layers[-1], State) else None
+
+
+def _real(mask: Any, place: Tensor) -> Tensor:
+    """u8, which of the new tokens are not padding: ``[B, Lq]``, or what expands to it."""
+    if isinstance(mask, dict):  # of each kind of layer
+        mask = mask["full_attention"]
+    if mask is None:
+        return torch.ones(1, 1, dtype=torch.uint8, device=place.device)
+    if mask.dim() == 4:  # a token that is not padding sees itself
+        mask = mask if mask.dtype == torch.bool else mask == 0
+        return mask[:, 0].gather(2, place[None, :, None].expand(len(mask), -1, 1))[..., 0].byte()
+    return mask[:, place].bool().byte()
+
+
+def _check_cache(cache: Any, past: Any) -> None:
+    if cache is None:
+        return
+    if not hasattr(cache, "layers"):
+        raise NotImplementedError(
+            f"CMAI cannot follow a cache of type {type(cache).__name__}: use generate, without"
+            " continuous batching, or attach without cmai"
+        )
+    if getattr(cache, "offloading", False):
+        raise NotImplementedError("CMAI cannot follow an offloaded cache: use another one")
+    if int(past):
+        raise ValueError(
+            "the cache holds tokens that CMAI has not seen: fill a new cache after attach"
+        )
+
+
+def _check(family: Family) -> str:
+    """The attention implementation to come back to."""
+    config = family.text.config
+    implementation: str = config._attn_implementation
+    if implementation != "sdpa":
+        raise ValueError(
+            "attach: CMAI replaces the language model's attention 'sdpa', and cannot replace"
+            f" {implementation!r}: load the model with attn_implementation='sdpa'"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention"} or getattr(config, "sliding_window", None):
+        raise ValueError(
+            "attach: CMAI needs full attention in every layer, the language model has"
+            f" {', '.join(sorted(kinds)) or 'a sliding window'}: attach without cmai"
+        )
+    if getattr(config, "attn_logit_softcapping", None):
+        raise ValueError("attach: CMAI has no softcapping of logits: attach without cmai")
+    return implementation

@@ -1,0 +1,182 @@
+"""`attach`: fewer visual tokens in an unmodified model, and back."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.models.auto import processing_auto
+
+from ...config import CMAIConfig, VMTCConfig
+from ...focus_attention import FocusAttention
+from ._families import Family, family_of
+from ._focus import Focus
+from ._prompt import shrink
+from ._rotary import RotaryPositions
+from ._vision import Merged, Run, Vision
+
+
+@dataclass
+class Last:
+    """What the last encoding and the last forward pass did, where `attach` was told to record.
+
+    ``merged``: by modality, the units of same size together (`Merged`: owners, scores, sizes, and
+    the token whose place each slot takes); ``focus``: by layer, scores and masks
+    (`FocusAttention`) of the layers that inhibit.
+    """
+
+    merged: dict[str, list[Merged]] = field(default_factory=dict)
+    focus: dict[int, FocusAttention] = field(default_factory=dict)
+
+
+def attach(
+    model: Any,
+    processor: Any,
+    *,
+    vmtc: VMTCConfig | None = None,
+    cmai: CMAIConfig | None = None,
+    record: bool = False,
+) -> Handle:
+    """Let a vision-language model read fewer visual tokens, and inhibit text-image pairs.
+
+    The model itself is not changed: it gets hooks, an attention implementation for its language
+    model (CMAI) and wrappers of the methods that encode images (VMTC). In the prompt the tokens
+    that are left stay in the order, and with rotary positions of the place, that they had; a merged
+    token takes the place of its member of highest score. The vision encoder keeps the attention
+    implementation that it has.
+
+    Args:
+        model: a model of transformers that generates text, of a supported family (another one is
+            an error that names them), on any device and of any dtype that the operators take.
+        processor: the model's.
+        vmtc: how visual tokens are merged; None for all of them. Counts and shares are of a unit:
+            an image, a tile of one (LLaVA-NeXT, Idefics3, SmolVLM), a frame of a video.
+        cmai: which pairs of text and image tokens are inhibited; None for none.
+        record: keep what is done in `Handle.last`; CMAI then stores all scores and is slower.
+
+    Returns:
+        `Handle`, whose ``prepare`` makes inputs for ``generate`` and ``forward``.
+
+    Raises:
+        ImportError: transformers is too old.
+        ValueError: a model, processor or setting that does not go together, and what to do.
+
+    Source: VMTC and CMAI, arXiv 2411.15453; the order and positions of the tokens are ours.
+    """
+    return Handle(model, processor, vmtc, cmai, record)
+
+
+class Handle:
+    """What `attach` did to a model. `detach` undoes it, as does the end of a ``with`` block.
+
+    ``model``, ``processor``, ``vmtc``, ``cmai``: as given; ``last``: see `Last`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        vmtc: VMTCConfig | None,
+        cmai: CMAIConfig | None,
+        record: bool,
+    ) -> None:
+        if vmtc is None and cmai is None:
+            raise ValueError("attach: neither vmtc nor cmai is given: there is nothing to do")
+        family = family_of(model)
+        _check_processor(family, processor)
+        if getattr(model, "vmtc_handle", None) is not None:
+            raise ValueError("attach: this model has a handle already: call its detach first")
+        self.model, self.processor, self.vmtc, self.cmai = model, processor, vmtc, cmai
+        self.last = Last()
+        self._family, self._record = family, record
+        self._parts: list[Any] = []
+        try:
+            self._rotary: RotaryPositions | None = None
+            if vmtc is not None:
+                self._parts.append(Vision(family, vmtc, self._encoded))
+                if hasattr(family.core, "get_rope_index"):
+                    self._rotary = RotaryPositions(family)
+                    self._parts.append(self._rotary)
+            if cmai is not None:
+                self._parts.append(Focus(family, cmai, self.last.focus if record else None))
+        except BaseException:
+            self.detach()
+            raise
+        model.vmtc_handle = self
+
+    def prepare(
+        self, images: Any = None, text: Any = None, videos: Any = None, **options: Any
+    ) -> Any:
+        """The processor's output with as many placeholders as there will be tokens.
+
+        Args:
+            images, text, videos, options: as the processor takes them, ``text`` one prompt or
+                several, with a placeholder for each image. Tensors are of torch, and several
+                prompts are padded, unless ``options`` say otherwise.
+
+        Returns:
+            The processor's `BatchFeature`, on the device and in the dtype of the model, for
+            ``generate(**inputs)`` or ``model(**inputs)``.
+
+        Raises:
+            ValueError: placeholders and images that do not match, or an image with fewer tokens
+                than are asked for.
+        """
+        options.setdefault("return_tensors", "pt")
+        if isinstance(text, list | tuple):
+            options.setdefault("padding", True)
+        given = {"images": images, "videos": videos}
+        given = {name: value for name, value in given.items() if value is not None}
+        return self.shrink(self.processor(text=text, **given, **options))
+
+    def shrink(self, inputs: MutableMapping[str, Any]) -> Any:
+        """`prepare` for inputs that the processor has made, those of a chat template for example.
+
+        inputs: with tensors; labels, if any, lose the same places as ids. Changed in place and
+            returned, on the device and in the dtype of the model.
+        """
+        tokenizer = self.processor.tokenizer
+        pad = tokenizer.pad_token_id
+        padding = {"input_ids": tokenizer.eos_token_id if pad is None else pad, "labels": -100}
+        left = tokenizer.padding_side == "left"
+        shrink(inputs, self._family, self.vmtc, padding, left)
+        return inputs.to(self.model.device, self.model.dtype)  # type: ignore[attr-defined]
+
+    def detach(self) -> None:
+        """The model as it was. Inputs that were prepared fit it no longer."""
+        for part in reversed(self._parts):
+            part.detach()
+        self._parts.clear()
+        if getattr(self.model, "vmtc_handle", None) is self:
+            del self.model.vmtc_handle
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+    def _encoded(self, modality: str, run: Run) -> None:
+        if self._rotary is not None:
+            assert run.rows is not None
+            self._rotary.encoded(modality, run.layout, run.rows)
+        if self._record:
+            self.last.merged[modality] = run.merged
+
+
+def _check_processor(family: Family, processor: Any) -> None:
+    kind = family.model_type
+    names: Any = processing_auto
+    expected = names.PROCESSOR_MAPPING_NAMES.get(kind)
+    if expected not in {base.__name__ for base in type(processor).__mro__}:
+        raise ValueError(
+            f"attach: a model of type {kind!r} needs {expected}, got {type(processor).__name__}:"
+            " load the processor from where the model is from"
+        )
+    token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    if token != family.tokens["image"]:
+        raise ValueError(
+            f"attach: the processor's image token is {token}, the model's"
+            f" {family.tokens['image']}: load the processor from where the model is from"
+        )

@@ -1,0 +1,332 @@
+"""VMTC in the vision part of a model: hooks that score, merge and pass on fewer tokens."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...config import VMTCConfig
+from ._families import Family
+from ._layout import Layout
+
+
+class Merged(NamedTuple):
+    """Units of the same size: rows i64 [units, tokens] of the projector; owner, the slot of each
+    token, scores; place i64 [units, slots], the token whose place a slot takes; sizes."""
+
+    rows: Tensor
+    owner: Tensor
+    scores: Tensor
+    place: Tensor
+    sizes: Tensor
+
+
+@dataclass
+class Run:
+    """One encoding: what its hooks keep for one another."""
+
+    layout: Layout
+    kept: dict[str, Any] = field(default_factory=dict)  # of the layer that scores
+    features: Tensor | None = None  # [R, Df], what is clustered if not the tokens themselves
+    merged: list[Merged] = field(default_factory=list)
+    rows: Tensor | None = None  # i64 [M], ascending: the row of each token that is left
+    lead: tuple[int, ...] = ()  # of the projector's output, had nothing been merged
+
+
+class Vision:
+    """Compression of a model's images, from `attach` until `detach`.
+
+    `encoded` is told of each encoding: its modality and its `Run`.
+    """
+
+    def __init__(self, family: Family, config: VMTCConfig, encoded: Any) -> None:
+        self.family, self.config, self.encoded = family, config, encoded
+        self.run: Run | None = None
+        self.cls = _scores_by_cls(family, config)
+        depth = len(family.layers)
+        self.score_layer = _layer("score_layer", config.score_layer, depth)
+        self.hooks: list[Any] = []
+        self.originals: dict[str, Any] = {}
+
+        attention = getattr(family.layers[self.score_layer], family.attention)
+        self._watch(attention)
+        last = self.score_layer
+        if isinstance(config.feature_layer, int):
+            layer = _layer("feature_layer", config.feature_layer, depth)
+            last = max(last, layer)
+            self._hook(family.layers[layer], self._keep_features)
+        if isinstance(config.placement, int):
+            layer = _layer("placement", config.placement, depth)
+            _check_placement(family, layer, last)
+            self._hook(family.layers[layer], self._shorten)
+            for later in family.layers[layer + 1 :]:
+                self._pre_hook(later, self._continue, with_kwargs=True)
+            if family.regrouped is not None:
+                self._pre_hook(family.regrouped, self._regroup)
+        self._pre_hook(family.projector, self._enter)
+        self._hook(family.projector, self._leave)
+        for other in family.side_projectors:
+            self._hook(other, self._leave_aside)
+        for modality, name in family.methods.items():
+            self._wrap(modality, name)
+
+    def detach(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for name in self.originals:
+            delattr(self.family.core, name)
+
+    def _hook(self, module: Any, hook: Any) -> None:
+        self.hooks.append(module.register_forward_hook(hook))
+
+    def _pre_hook(self, module: Any, hook: Any, **options: Any) -> None:
+        self.hooks.append(module.register_forward_pre_hook(hook, **options))
+
+    def _wrap(self, modality: str, name: str) -> None:
+        original = getattr(self.family.core, name)
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            if self.run is not None:  # one method calls another
+                return original(*args, **kwargs)
+            given = signature.bind(*args, **kwargs).arguments
+            # arguments by the names that a processor gives them
+            images, grid = given.get("pixel_values"), given.get("image_grid_thw")
+            inputs = {f"{modality}_grid_thw": grid, **given, "pixel_values": images}
+            self.run = run = Run(self.family.layout(modality, inputs))
+            as_dict = kwargs.pop("return_dict", None)
+            try:
+                output = original(*args, **kwargs, return_dict=True)
+                self._select(run, output)
+            finally:
+                self.run = None
+            self.encoded(modality, run)
+            return output.to_tuple() if as_dict is False else output
+
+        self.originals[name] = original
+        setattr(self.family.core, name, encode)
+
+    # what the hooks keep
+
+    def _watch(self, attention: Any) -> None:
+        def keep(name: str) -> Any:
+            def hook(module: Any, args: Any, output: Tensor) -> None:
+                if self.run is not None:
+                    self.run.kept[name] = output
+
+            return hook
+
+        projections = {name: getattr(attention, name) for name in self.family.projections}
+        for name, module in projections.items():
+            self._hook(module, keep(name))
+
+        def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            if self.run is None:
+                return
+            for name, watched in projections.items():
+                if getattr(module, name) is not watched:
+                    raise RuntimeError(
+                        f"{name} of the vision layer that scores was replaced after attach (by an"
+                        " adapter, for example): attach to the model when it is complete"
+                    )
+            self.run.kept.update(attention=module, kwargs=kwargs)
+
+        self._pre_hook(attention, enter, with_kwargs=True)
+
+    def _keep_features(self, module: Any, args: Any, output: Any) -> None:
+        if self.run is not None:
+            self.run.features = self.family.tokens_of(_states(output)).flatten(1)
+
+    # where tokens become fewer: x is [R, D] by the projector's rows, tokens [M, D] what is left
+
+    def _merge(self, run: Run, x: Tensor) -> Tensor:
+        run.layout = layout = run.layout.to(x.device)
+        features = x if run.features is None else run.features
+        if self.config.feature_layer == "keys":
+            features = self.family.keys(run.kept)
+        scores = self.family.scores(self.config, run.kept, self.cls)
+        run.kept.clear()  # a layer's queries and keys are large
+        tokens, rows = [x[layout.fixed]], [layout.fixed]
+        for group in layout.groups:
+            slots = sum(layout.counts(self.config, group.shape[1]))
+            if slots == group.shape[1]:
+                owner = torch.arange(slots, device=x.device).expand_as(group)
+                merged = Merged(group, owner, scores[group], owner, torch.ones_like(group))
+                tokens.append(x[group].flatten(0, 1))
+            else:
+                few = self.config.merge(x[group], scores[group], features=features[group])
+                owner = few.owner.long()
+                place = _heaviest(owner, scores[group], slots)
+                merged = Merged(group, owner, scores[group], place, few.sizes)
+                tokens.append(few.tokens.flatten(0, 1))
+            run.merged.append(merged)
+            rows.append(group.gather(1, merged.place).flatten())
+        run.rows, order = torch.cat(rows).sort()
+        return torch.cat(tokens)[order]
+
+    def _merge_alike(self, run: Run, x: Tensor) -> Tensor:
+        """What the same owners make of other features: ``[R, D]``, merged at the rows left."""
+        out = x.clone()
+        for rows, owner, scores, place, _ in run.merged:
+            weight = scores.nan_to_num(0.0).clamp(min=0)
+            if self.config.weighting == "uniform":
+                weight = torch.ones_like(weight)
+            total = torch.zeros_like(place, dtype=weight.dtype).scatter_add(1, owner, weight)
+            weight = torch.where(total.gather(1, owner) > 0, weight, 1.0)
+            total = torch.zeros_like(total).scatter_add(1, owner, weight)
+            share = (weight / total.gather(1, owner))[..., None]
+            tokens = torch.zeros(*place.shape, x.shape[1], dtype=torch.float32, device=x.device)
+            index = owner[..., None].expand(-1, -1, x.shape[1])
+            tokens = tokens.scatter_add(1, index, share * x[rows].float())
+            out = out.index_copy(
+                0, rows.gather(1, place).flatten(), tokens.flatten(0, 1).to(x.dtype)
+            )
+        return out
+
+    def _spread(self, run: Run, tokens: Tensor) -> Tensor:
+        """``[R, D]``: the tokens at their rows, zeros elsewhere."""
+        assert run.rows is not None
+        empty = tokens.new_zeros(run.layout.size, tokens.shape[-1])
+        return empty.index_copy(0, run.rows, tokens)
+
+    def _shorten(self, module: Any, args: Any, output: Any) -> Any:
+        if (run := self.run) is None:
+            return None
+        states = _states(output)
+        tokens = self._merge(run, self.family.tokens_of(states).flatten(1))
+        run.features = None
+        states = self.family.sequence(states, tokens)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    def _continue(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if (run := self.run) is None:
+            return None
+        assert run.rows is not None
+        return self.family.shortened(run.rows, args, kwargs)
+
+    def _regroup(self, module: Any, args: tuple[Any, ...]) -> Any:
+        if (run := self.run) is None:
+            return None
+        assert run.rows is not None
+        tokens = args[0].reshape(len(run.rows), -1)
+        return (self.family.grid_of(self._spread(run, tokens)), *args[1:])
+
+    def _enter(self, module: Any, args: tuple[Any, ...]) -> Any:
+        if (run := self.run) is None:
+            return None
+        x, size = args[0], run.layout.size
+        # one projector takes [images, tokens, D], another [patches, D]
+        run.lead = (len(x), -1) if x.dim() == 3 else (size,)
+        if self.config.placement == "after_projector":
+            return None
+        if run.rows is None:
+            tokens = self._merge(run, x.reshape(size, -1))
+        elif self.family.regrouped is not None:
+            tokens = x.reshape(size, -1)[run.rows]
+        else:
+            return None
+        return (tokens.reshape(*[1] * (x.dim() - 2), -1, x.shape[-1]), *args[1:])
+
+    def _leave(self, module: Any, args: Any, output: Tensor) -> Any:
+        if (run := self.run) is None:
+            return None
+        if run.rows is None:
+            tokens = self._merge(run, output.reshape(run.layout.size, -1))
+        else:
+            tokens = output.reshape(len(run.rows), -1)
+        return self._spread(run, tokens).reshape(*run.lead, output.shape[-1])
+
+    def _leave_aside(self, module: Any, args: Any, output: Tensor) -> Any:
+        """Another projector: of tokens that are merged already or will be, when owners are known"""
+        if (run := self.run) is None or len(output) == run.layout.size:
+            return None
+        return self._spread(run, output)
+
+    def _select(self, run: Run, output: Any) -> None:
+        """Leave the tokens that are shown in what the model's method returns."""
+        stays = torch.zeros(run.layout.size, dtype=torch.bool, device=run.layout.rows.device)
+        stays[run.rows] = True
+        shown = run.layout.shown(stays)
+        output.pooler_output = _choose(output.pooler_output, shown)
+        # features of earlier layers, where there are any, of layers before the merge as they were
+        for i, aside in enumerate(getattr(output, "deepstack_features", None) or ()):
+            whole = aside if isinstance(aside, Tensor) else torch.cat(list(aside))
+            if not self.family.merged_aside(i, self.config):
+                rows = run.layout.rows
+                whole = self._merge_alike(run, whole[rows.argsort()])[rows]
+            if isinstance(aside, Tensor):
+                output.deepstack_features[i] = whole[shown]
+            else:
+                images = whole.split([len(image) for image in aside])
+                output.deepstack_features[i] = _choose(images, shown)
+
+
+def _choose(images: Any, shown: Tensor) -> Any:
+    """Of features of all placeholders, image by image, those that are shown."""
+    if isinstance(images, Tensor):  # [images, tokens, D], which all lose as many
+        return images.flatten(0, -2)[shown].unflatten(0, (len(images), -1))
+    sizes = [image.numel() // image.shape[-1] for image in images]
+    parts = [
+        image.reshape(-1, image.shape[-1])[part]
+        for image, part in zip(images, shown.split(sizes), strict=True)
+    ]
+    return type(images)(parts)
+
+
+def _heaviest(owner: Tensor, scores: Tensor, slots: int) -> Tensor:
+    """i64 ``[units, slots]``: in each slot the token of the highest score, the first of equals."""
+    tokens = owner.shape[1]
+    # no score is beside these, so that every slot has a token that reaches its maximum
+    scores = scores.detach().float().nan_to_num(nan=-torch.inf)
+    best = scores.new_full((len(owner), slots), -torch.inf)
+    best = best.scatter_reduce(1, owner, scores, "amax")
+    index = torch.arange(tokens, device=owner.device)
+    index = torch.where(scores == best.gather(1, owner), index, tokens)
+    return torch.full_like(best, tokens, dtype=torch.int64).scatter_reduce(1, owner, index, "amin")
+
+
+def _states(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _layer(name: str, index: int, depth: int) -> int:
+    if not -depth <= index < depth:
+        raise ValueError(
+            f"attach: VMTCConfig.{name} is {index}, the encoder has {depth} layers: -{depth} to"
+            f" {depth - 1}"
+        )
+    return index % depth
+
+
+def _scores_by_cls(family: Family, config: VMTCConfig) -> bool:
+    if config.score_source == "cls" and not family.has_cls:
+        raise ValueError(
+            f"attach: VMTCConfig.score_source is 'cls', but the encoder of {family.model_type} has"
+            " no [CLS]: use 'received' or 'auto'"
+        )
+    return family.has_cls and config.score_source != "received"
+
+
+def _check_placement(family: Family, layer: int, last: int) -> None:
+    if layer < last:
+        raise ValueError(
+            f"attach: VMTCConfig.placement is after layer {layer}, but scores or features are those"
+            f" of layer {last}: set score_layer and feature_layer to at most {layer}"
+        )
+    if layer >= family.last_layer:
+        raise ValueError(
+            f"attach: VMTCConfig.placement is after layer {layer}, but {family.model_type} takes"
+            f" features from the output of layer {family.last_layer}: use 'before_projector' or a"
+            " layer before that"
+        )
+    if not family.shortens:
+        raise ValueError(
+            f"attach: {family.model_type} cuts its tiles after the encoder, which must therefore"
+            " see all tokens: use VMTCConfig.placement 'before_projector' or 'after_projector'"
+        )
