@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import DummyLayer
 
 from ...config import CMAIConfig
 from ...focus_attention import FocusAttention
@@ -19,7 +18,7 @@ TEXT, IMAGE = 1, 2  # modality, see `focus_attention`
 KEY = "vmtc_focus"
 
 
-class State(DummyLayer):
+class State:
     """What CMAI has to know of the tokens in a cache: one more layer, without keys and values.
 
     As a layer it goes where the cache goes: it is reordered, expanded and selected with it. What
@@ -29,11 +28,26 @@ class State(DummyLayer):
     of each layer that inhibits, f32 ``[B, M, P, I]``, once there is an image.
     """
 
+    # what transformers asks of any layer of a cache
+    keys = values = None
+    supports_early_init = is_sliding = False
+    is_initialized = is_compileable = is_croppable = True
+
     def __init__(self, modality: Tensor) -> None:
-        super().__init__()
         self.modality = modality
         self.text_image: dict[int, Tensor] = {}
         self.num_image = 0
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.modality)
+
+    def get_max_length(self) -> int:
+        return -1  # no limit
+
+    def reset(self) -> None: ...
+
+    def crop(self, tokens_to_remove: int) -> None: ...
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
