@@ -124,20 +124,24 @@ class RotaryPositions:
             return None
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         past = 0 if cache is None else int(cache.get_seq_length())
-        length, beams = positions.shape[2], positions.shape[1] // self.shape[0]
-        positions = positions.clone()
+        length, beams = positions.shape[2], positions.shape[1] // max(self.shape[0], 1)
+        # text positions, which some models put first, stay
+        corrected = positions.clone()
         for modality, shown in self.shown.items():
-            images = zip(self.images[modality], self.places[modality], shown, strict=True)
-            for whole, (row, columns), stays in images:
+            images, places = self.images.get(modality, []), self.places.get(modality, [])
+            if len(images) != len(shown):
+                return None
+            for whole, (row, columns), stays in zip(images, places, shown, strict=True):
                 here = (columns >= past) & (columns < past + length)
-                left = whole[:, stays.to(whole.device)][:, here]
-                # text positions, which some models put first, stay
-                positions[-3:, row * beams : (row + 1) * beams, columns[here] - past] = left[
-                    :, None
-                ]
-        if past + length >= self.shape[1]:
-            self.shown, self.images = {}, {}
-        return args, {**kwargs, "position_ids": positions}
+                place = columns[here] - past
+                rows = slice(row * beams, (row + 1) * beams)
+                # another prompt, or positions of somebody's own
+                given, first = positions[-3:, rows, place], whole[:, : len(columns)][:, None, here]
+                if not torch.equal(given, first.expand_as(given)):
+                    return None
+                left = whole[:, stays.to(whole.device)]
+                corrected[-3:, rows, place] = left[:, None, here]
+        return args, {**kwargs, "position_ids": corrected}
 
 
 def _spans(types: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:
