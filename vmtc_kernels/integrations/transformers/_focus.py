@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class State:
     """What CMAI has to know of the tokens in a cache: one more layer, without keys and values.
 
     As a layer it goes where the cache goes: it is reordered, expanded and selected with it. What
-    lies beyond the cache's length, after a crop for example, is cleared before the next token.
+    lies beyond the cache's length, after a crop for example, no token sees before it is written.
 
     ``modality``: u8 ``[B, P]``, P positions at least as many as there are keys; ``text_image``:
     of each layer that inhibits, f32 ``[B, M, P, I]``, once there is an image.
@@ -74,6 +74,13 @@ class State:
                 self.text_image[layer] = torch.nn.functional.pad(x, (0, grow, 0, max(more, 0)))
 
 
+class Pass(NamedTuple):
+    """One pass of the language model: positions, i32 ``[B, Lq]``, are those of its tokens."""
+
+    state: State
+    positions: Tensor
+
+
 class Focus:
     """Inhibition in a model's language model, from `attach` until `detach`."""
 
@@ -85,11 +92,9 @@ class Focus:
         self.implementation = _check(family)
         layers = text.num_hidden_layers
         self.layers = [i for i in range(layers) if config.applies(i, layers)]
-        # of the forward pass that runs
+        # what the model was called with, until its language model runs
         self.ids: Tensor | None = None
         self.mask: Any = None
-        self.state: State | None = None
-        self.positions: Tensor | None = None
 
         _register()
         family.model.set_attn_implementation({"text_config": KEY})
@@ -118,22 +123,26 @@ class Focus:
             )
         self.ids, self.mask = ids, kwargs.get("attention_mask")
 
-    def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Note who the new tokens are, before the first layer runs."""
         if module.config._attn_implementation != KEY:
             raise RuntimeError(
                 "CMAI was attached, but the attention implementation is now"
                 f" {module.config._attn_implementation!r}: call detach, then attach again"
             )
-        ids, cache = self.ids, kwargs.get("cache", kwargs.get("past_key_values"))
-        assert ids is not None
+        ids, mask = self.ids, self.mask
+        self.ids = self.mask = None
+        if ids is None:
+            raise RuntimeError("CMAI needs a pass of the whole model, not of its language model")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        _check_not_packed(mask, cache, kwargs.get("position_ids"))
         past = 0 if cache is None else cache.get_seq_length()
         place = torch.arange(ids.shape[1], device=ids.device) + past
         modality = torch.full_like(ids, TEXT, dtype=torch.uint8)
         if ids.shape[1] > 1:
             for token in self.family.tokens.values():
                 modality.masked_fill_(ids == token, IMAGE)
-            modality *= _real(self.mask, place)
+            modality *= _real(mask, place)
 
         state = _state_of(cache)
         if state is None:
@@ -145,17 +154,19 @@ class Focus:
             if room > state.modality.shape[1] and kwargs.get("use_cache") is not False:
                 room += room // 4 + 64  # not anew for each token
         state.reserve(room, 0)
-        beyond = torch.arange(state.modality.shape[1], device=ids.device) >= past
-        state.modality.masked_fill_(beyond, 0)
         state.modality.scatter_(1, place.expand_as(ids), modality)
         if ids.shape[1] > 1:
-            images = (state.modality == IMAGE).sum(1)
+            # what lies beyond, after a crop for example, is of no token
+            inside = torch.arange(state.modality.shape[1], device=ids.device) <= place[-1]
+            images = ((state.modality == IMAGE) & inside).sum(1)
             state.reserve(0, int(images.max()) if len(images) else 0)
         if state.num_image and kwargs.get("use_cache") is not False:
             self._reserve_scores(state)
-        self.state, self.positions = state, place.to(torch.int32).expand_as(ids)
         if self.recorded is not None:
             self.recorded.clear()
+        # keywords that the language model does not know go through to its attention
+        passing = Pass(state, place.to(torch.int32).expand_as(ids))
+        return args, {**kwargs, KEY: passing}
 
     def _reserve_scores(self, state: State) -> None:
         heads = self.family.text.config.num_attention_heads
@@ -170,13 +181,13 @@ class Focus:
         cache = getattr(output, "cache", None)
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         if cache is not None and _state_of(cache) is None:
-            cache.layers.append(self.state)
-        self.ids = self.mask = self.state = self.positions = None
+            cache.layers.append(kwargs[KEY].state)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    def attend(
+        self, passing: Pass, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None
+    ) -> Tensor:
         """``[B, Lq, H, dv]``, as transformers wants it."""
-        state, positions = self.state, self.positions
-        assert state is not None and positions is not None
+        state = passing.state
         result = self.config.attention(
             q,
             k,
@@ -185,7 +196,7 @@ class Focus:
             state.num_image,
             scale=scale,
             text_image=state.text_image.get(layer),
-            query_positions=positions.to(q.device),
+            query_positions=passing.positions.to(q.device),
             return_scores=self.recorded is not None,
             return_mask=self.recorded is not None,
         )
@@ -202,12 +213,15 @@ def _register() -> None:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        focus = getattr(module, "vmtc_focus", None)
-        if focus is None or focus.state is None or not focus.state.num_image:
+        focus, passing = getattr(module, "vmtc_focus", None), kwargs.pop(KEY, None)
+        if passing is None:
+            raise RuntimeError("CMAI needs a pass of the whole model, by its __call__")
+        if focus is None or not passing.state.num_image:
             return stock(module, query, key, value, *args, **kwargs)
         if kwargs.get("dropout"):
             raise ValueError("CMAI has no attention dropout: set attention_dropout to 0")
-        return focus.attend(module.layer_idx, query, key, value, kwargs.get("scaling")), None
+        scale = kwargs.get("scaling")
+        return focus.attend(passing, module.layer_idx, query, key, value, scale), None
 
     AttentionInterface.register(KEY, attend)
     # without a mask function of the same name layers that do not inhibit would have no mask
@@ -229,6 +243,18 @@ def _real(mask: Any, place: Tensor) -> Tensor:
         mask = mask if mask.dtype == torch.bool else mask == 0
         return mask[:, 0].gather(2, place[None, :, None].expand(len(mask), -1, 1))[..., 0].byte()
     return mask[:, place].bool().byte()
+
+
+def _check_not_packed(mask: Any, cache: Any, positions: Tensor | None) -> None:
+    """Several sequences in a row, which transformers tells by their positions."""
+    if mask is not None or cache is not None or positions is None:
+        return
+    positions = positions[0] if positions.dim() == 3 else positions
+    if bool((positions.diff(dim=-1) < 0).any()):
+        raise NotImplementedError(
+            "CMAI cannot tell the sequences of a packed row apart: pass them as rows, padded, with"
+            " an attention_mask"
+        )
 
 
 def _check_cache(cache: Any, past: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import transformers
 from transformers.models.auto import processing_auto
 
 from ...config import CMAIConfig, VMTCConfig
@@ -130,18 +131,19 @@ class Handle:
         given = {name: value for name, value in given.items() if value is not None}
         return self.shrink(self.processor(text=text, **given, **options))
 
-    def shrink(self, inputs: MutableMapping[str, Any]) -> Any:
+    def shrink(self, inputs: Mapping[str, Any]) -> Any:
         """`prepare` for inputs that the processor has made, those of a chat template for example.
 
-        inputs: with tensors; labels, if any, lose the same places as ids. Changed in place and
-            returned, on the device and in the dtype of the model.
+        inputs: of tensors; what has the shape of ids, labels for example, loses the same places.
+            Returned as a `BatchFeature` on the device and in the dtype of the model.
         """
         tokenizer = self.processor.tokenizer
         pad = tokenizer.pad_token_id
         padding = {"input_ids": tokenizer.eos_token_id if pad is None else pad, "labels": -100}
         left = tokenizer.padding_side == "left"
-        shrink(inputs, self._family, self.vmtc, padding, left)
-        return inputs.to(self.model.device, self.model.dtype)  # type: ignore[attr-defined]
+        shrunk = transformers.BatchFeature(dict(inputs))
+        shrink(shrunk, self._family, self.vmtc, padding, left)
+        return shrunk.to(self.model.device, self.model.dtype)
 
     def detach(self) -> None:
         """The model as it was. Inputs that were prepared fit it no longer."""
@@ -162,7 +164,9 @@ class Handle:
             assert run.rows is not None
             self._rotary.encoded(modality, run.layout, run.rows)
         if self._record:
-            self.last.merged[modality] = run.merged
+            # the scores of a training step would keep its graph
+            detached = [units._replace(scores=units.scores.detach()) for units in run.merged]
+            self.last.merged[modality] = detached
 
 
 def _check_processor(family: Family, processor: Any) -> None:
