@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import vmtc_kernels
 
 README = Path(__file__).parents[1] / "README.md"
+EXAMPLE = "examples/llava.py"
 
 
-def test_the_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def tiny_llava(folder: Path) -> None:
+    """Under the name that the README loads a tiny model, and the photograph beside it."""
+    pytest.importorskip("transformers")
+    spec = importlib.util.spec_from_file_location("llava_example", README.parent / EXAMPLE)
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    for part in example.tiny():
+        part.save_pretrained(folder / "llava-hf/llava-1.5-7b-hf")
+    Image.new("RGB", (80, 60), "red").save(folder / "photo.jpg")
+
+
+def test_the_code_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_llava(tmp_path)
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     for block in blocks:
@@ -31,4 +50,6 @@ def test_the_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
             text_image=names["state"].clone(),
             query_positions=names["at"],
         )
+    images = names["inputs"]["input_ids"] == names["model"].config.image_token_id
+    assert images.sum() == 160 and names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
     torch.testing.assert_close(names["out"], last, rtol=1e-4, atol=1e-4)
