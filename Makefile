@@ -32,6 +32,9 @@ ASAN_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
 ASAN_SELECT := cpu and not opcheck and not compiles and not exports
 GPU_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
     kmeans merge_tokens token_importance $(FOCUS) limits triton)))
+# transformers, the oldest that the integration supports, over the environment
+OLDEST := build/transformers-oldest
+TRANSFORMERS_TESTS := $(wildcard tests/test_transformers*.py)
 # beside libasan: without libstdc++ it does not find __cxa_throw when python starts
 ASAN_PRELOAD = $(foreach lib,libasan.so libstdc++.so,$(shell $${CXX:-g++} -print-file-name=$(lib)))
 
@@ -46,7 +49,7 @@ EMULATED_SELECT ?= cuda and not opcheck and not compiles and not exports
 .DEFAULT_GOAL := help
 # several pips at work in one environment would spoil it
 .NOTPARALLEL:
-.PHONY: help demo test lint bench wheel asan emulate interpret clean
+.PHONY: help demo test lint bench wheel asan emulate interpret oldest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s%s\n", $$1, $$2}' Makefile
@@ -57,6 +60,7 @@ demo: $(VENV)/.extras-demo $(VENV)/.built  ## install, build, merge the tokens o
 test: $(VENV)/.extras-test $(VENV)/.built  ## install, build, run every test, then lint
 	$(PY) -m pytest
 	$(MAKE) --no-print-directory interpret
+	$(MAKE) --no-print-directory oldest
 	$(MAKE) --no-print-directory emulate EMULATED_RUNS='reverse:90 1:75'
 	$(MAKE) --no-print-directory lint
 
@@ -97,6 +101,17 @@ emulate: $(VENV)/.extras-test  ## run the operators' tests with the CUDA kernels
 
 interpret: $(VENV)/.extras-test  ## run the operators' tests with the Triton kernels, without a GPU
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(MAX_JOBS) -p no:cacheprovider -k '$(INTERPRET_SELECT)' $(GPU_TESTS)
+
+oldest: $(OLDEST)/.installed $(VENV)/.built  ## run the tests of transformers with the oldest one supported
+	$(OLDEST)/bin/python -m pytest -q -p no:cacheprovider $(TRANSFORMERS_TESTS)
+
+# what is not installed here comes from $(VENV)
+$(OLDEST)/.installed: $(VENV)/.extras-test
+	$(PY) -m venv $(OLDEST)
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    >"$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
+	$(OLDEST)/bin/python -m pip install --quiet $(PIP_ARGS) 'transformers==5.17.0'
+	touch $@
 
 clean:  ## remove everything built; the environment stays
 	rm -rf build dist *.egg-info vmtc_kernels/_C*.so $(VENV)/.built
