@@ -14,6 +14,7 @@ from rich.console import Console
 
 from . import (
     bench_focus_attention,
+    bench_llava,
     bench_merge_tokens,
     bench_token_importance,
     environment,
@@ -48,20 +49,27 @@ EFFORT |= {("cuda", False): (41, 2.0), ("cuda", True): (15, 0.2)}
 
 
 def main(
-    suites: Annotated[list[str] | None, typer.Argument(help="all if none is named")] = None,
+    suites: Annotated[
+        list[str] | None, typer.Argument(help="all but llava, a whole model, if none is named")
+    ] = None,
     only: Annotated[str, typer.Option(help="of the set-ups, those with this text: D=1024")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="few repetitions")] = False,
     threads: Annotated[int, typer.Option(min=1, help="for every provider")] = 2,
     keep: Annotated[bool, typer.Option("--json", help="write JSON into bench/results")] = False,
     out: Annotated[Path | None, typer.Option(help="write JSON into this file")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda, the current GPU")] = "cpu",
+    size: Annotated[
+        str, typer.Option(help="of llava: 7b (on a GPU the usual), small (on a CPU) or tiny")
+    ] = "",
 ) -> None:
     """Time the operators against their rivals on this machine."""
     if device not in SUITES:
         raise typer.BadParameter(f"devices are {', '.join(SUITES)}, got {device}")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("torch finds no CUDA device")
-    available = SUITES[device]
+    if size and size not in bench_llava.SIZES:
+        raise typer.BadParameter(f"sizes are {', '.join(bench_llava.SIZES)}, got {size}")
+    available: dict[str, Any] = {"llava": bench_llava.Suite(device, size), **SUITES[device]}
     unknown = set(suites or []) - set(available)
     if unknown:
         raise typer.BadParameter(f"suites are {', '.join(available)}, got {', '.join(unknown)}")
@@ -76,7 +84,7 @@ def main(
     ceilings = described["ceilings"] = gpu_timing.ceilings() if device == "cuda" else None
     path = out or (environment.result_path(described) if keep else None)
     results: list[dict[str, Any]] = []
-    for name in suites or available:
+    for name in suites or SUITES[device]:
         for setup in available[name].SETUPS:
             if only not in str(setup):
                 continue
@@ -105,11 +113,13 @@ def main(
 
 
 def _result(
-    suite: ModuleType, setup: Any, device: str, meter: runner.Meter, quick: bool
+    suite: ModuleType | bench_llava.Suite, setup: Any, device: str, meter: runner.Meter, quick: bool
 ) -> runner.Result | str:
     """What was measured, or on a GPU, where one set-up may not fit, why nothing was."""
     repetitions, seconds = EFFORT[device, quick]
     try:
+        if isinstance(suite, bench_llava.Suite):
+            return suite.run(setup, quick)
         return runner.run_case(
             suite.case(setup), repetitions=repetitions, seconds=seconds, meter=meter, quick=quick
         )

@@ -23,7 +23,8 @@ import vmtc_kernels
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "numpy", "scipy", "faiss-cpu", "scikit-learn", "fast-pytorch-kmeans")
-GPU_PACKAGES = ("torch", "triton", "numpy", "flash-kmeans", "flash-colsum")
+PACKAGES += ("transformers",)
+GPU_PACKAGES = ("torch", "triton", "numpy", "flash-kmeans", "flash-colsum", "transformers")
 # settings that change the speed of a numerical library
 _TELLING = re.compile(
     r"^(OMP|OPENBLAS|MKL|KMP|GOMP|ATEN|ONEDNN|DNNL|TORCH|VMTC|CUDA|CUBLAS|PYTORCH|TRITON|NVIDIA)_"

@@ -25,6 +25,7 @@ USEFUL = {
     "xdist": ("pytest-xdist", "tests side by side"),
     "flash_kmeans": ("flash-kmeans==0.3.1", "a rival in the benchmark"),
     "tqdm": ("tqdm", "flash-kmeans, which imports it"),
+    "transformers": ("transformers>=5.17", "the benchmark of a whole model"),
     "flash_colsum": ("flash-colsum==0.1.0", "a rival in the benchmark"),
 }
 
