@@ -70,6 +70,15 @@ def test_uniform_weights_and_another_layer(family, made):
     assert_equal_rows(run(model, processor, config, given)[0], expected)
 
 
+def test_pruning_alone(family, made):
+    model, processor = made
+    config = VMTCConfig(num_primary=0.4, num_merged=0)
+    given = photos(family)
+    inputs = processor(**given, padding=True, return_tensors="pt")
+    expected = vlm_oracle.logits(family, model, inputs, config)
+    assert_equal_rows(run(model, processor, config, given)[0], expected)
+
+
 @pytest.mark.parametrize("family", ["llava"])
 def test_llava_may_score_by_attention_received(family):
     model, processor = vlm.make(family)

@@ -1,5 +1,5 @@
 """The `vmtc` command: `vmtc demo` draws what merging does to a photograph, `vmtc focus` what a text
-token looks at in it, `vmtc info` reports.
+token looks at in it, `vmtc explain-image` what a model with both reads of it; `vmtc info` reports.
 
 Needs the extra ``demo``, imported on demand so that its absence can be said in one line.
 """
@@ -8,7 +8,7 @@ import importlib
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -49,6 +49,7 @@ def application() -> "Typer":
     """The typer application."""
     import typer
 
+    from ._terminal import index, number
     from .patches import InputError
 
     app = typer.Typer(
@@ -58,16 +59,34 @@ def application() -> "Typer":
         pretty_exceptions_enable=False,
     )
     option = typer.Option
+    Photo = Annotated[
+        Path | None, option(help="A photograph; else one that ships in scikit-image.")
+    ]
+    Prompt = Annotated[str, option(help="A question on the picture.")]
+    Token = Annotated[
+        str | None,
+        option(
+            help="Text token after the image: -1 for the last, -2, ..., or a piece of the text, of"
+            " which the last token counts.",
+            show_default="-1, where the answer starts",
+        ),
+    ]
+    Layer = Annotated[
+        int | None,
+        option(
+            help="Text layer, from 0, or from the end if negative. No source says which.",
+            show_default="the middle one",
+        ),
+    ]
+    Picture = Annotated[Path, option(help="The PNG to write.")]
 
     @app.command()
     def demo(
-        image: Annotated[
-            Path | None, option(help="A photograph; else one that ships in scikit-image.")
-        ] = None,
+        image: Photo = None,
         primary: Annotated[int, option(min=0, help="Tokens kept as they are.")] = 128,
         merged: Annotated[int, option(min=0, help="Tokens that the others become.")] = 32,
         metric: Annotated[str, option(help="Distance: cosine or euclidean.")] = "cosine",
-        out: Annotated[Path, option(help="The PNG to write.")] = Path("vmtc-demo.png"),
+        out: Picture = Path("vmtc-demo.png"),
         model: Annotated[
             str | None, option(help="Folder or id of a CLIP model (extra 'transformers').")
         ] = None,
@@ -81,28 +100,13 @@ def application() -> "Typer":
 
     @app.command()
     def focus(
-        image: Annotated[
-            Path | None, option(help="A photograph; else one that ships in scikit-image.")
-        ] = None,
+        image: Photo = None,
         model: Annotated[
             str | None, option(help="Folder or id of a LLaVA model (extra 'transformers').")
         ] = None,
-        prompt: Annotated[str, option(help="A question on the picture.")] = _PROMPT,
-        token: Annotated[
-            str | None,
-            option(
-                help="Text token after the image: -1 for the last, -2, ..., or a piece of the text,"
-                " of which the last token counts.",
-                show_default="-1, where the answer starts",
-            ),
-        ] = None,
-        layer: Annotated[
-            int | None,
-            option(
-                help="Text layer, from 0, or from the end if negative. No source says which.",
-                show_default="the middle one",
-            ),
-        ] = None,
+        prompt: Prompt = _PROMPT,
+        token: Token = None,
+        layer: Layer = None,
         keep_ratio: Annotated[
             float | None,
             option(help="Share of the image tokens that stay.", show_default="0.5"),
@@ -111,11 +115,55 @@ def application() -> "Typer":
             float | None,
             option(help="Instead: share of the highest focus score below which none stays."),
         ] = None,
-        out: Annotated[Path, option(help="The PNG to write.")] = Path("vmtc-focus.png"),
+        out: Picture = Path("vmtc-focus.png"),
     ) -> None:
         """Draw which parts of a photograph a text token focuses on, and which CMAI inhibits."""
         try:
             _focus(image, model, prompt, token, layer, (keep_ratio, threshold), out)
+        except InputError as error:
+            typer.echo(f"vmtc: {error}", err=True)
+            raise typer.Exit(2) from None
+
+    @app.command()
+    def explain_image(
+        image: Photo = None,
+        model: Annotated[
+            str | None, option(help="Folder or id of a model (extra 'transformers').")
+        ] = None,
+        prompt: Prompt = _PROMPT,
+        primary: Annotated[str, option(help="Tokens kept: a count, or a share as 0.25.")] = "128",
+        merged: Annotated[str, option(help="Tokens that the others become, likewise.")] = "32",
+        metric: Annotated[str, option(help="Distance: cosine or euclidean.")] = "cosine",
+        weighting: Annotated[str, option(help="Merge by score or uniform.")] = "score",
+        placement: Annotated[
+            str, option(help="before_projector, after_projector, or a vision layer.")
+        ] = "before_projector",
+        score_layer: Annotated[int, option(help="Vision layer that gives the importance.")] = -2,
+        score_source: Annotated[str, option(help="auto, cls or received.")] = "auto",
+        feature_layer: Annotated[
+            str | None,
+            option(help="What is clustered: a vision layer, or keys.", show_default="tokens"),
+        ] = None,
+        keep_ratio: Annotated[
+            float | None, option(help="Inhibit too: share of image tokens that a text token keeps.")
+        ] = None,
+        token: Token = None,
+        layer: Layer = None,
+        out: Picture = Path("vmtc-explain.png"),
+    ) -> None:
+        """Draw which tokens of a photograph a vision-language model keeps and merges."""
+        try:
+            _explain_image(
+                *(image, model, prompt, out, keep_ratio, token, layer),
+                num_primary=number("primary", primary),
+                num_merged=number("merged", merged),
+                metric=metric,
+                weighting=weighting,
+                placement=index(placement),
+                score_layer=score_layer,
+                score_source=score_source,
+                feature_layer=index(feature_layer),
+            )
         except InputError as error:
             typer.echo(f"vmtc: {error}", err=True)
             raise typer.Exit(2) from None
@@ -135,6 +183,7 @@ def _demo(
     from rich.progress import Progress
     from rich.text import Text
 
+    from ._terminal import check_out, checked, table
     from .picture import draw, make_demo
 
     console = Console(highlight=False)
@@ -146,18 +195,18 @@ def _demo(
         def step(what: str) -> None:
             progress.update(task, description=what, advance=1)
 
-        _check_out(out)
-        config = _checked(VMTCConfig, num_primary=primary, num_merged=merged, metric=metric)
+        check_out(out)
+        config = checked(VMTCConfig, num_primary=primary, num_merged=merged, metric=metric)
         step("features and importance")
         photo, patch, tokens = _tokens(image, model, config)
-        _checked(config.counts, tokens.features.shape[1])
+        checked(config.counts, tokens.features.shape[1])
         step("time per image")
         facts = _facts(photo, patch, tokens, config)
         step("rebuilding")
         demo = make_demo(photo, patch, tokens, config, "" if image else _CREDIT)
         step("drawing")
         draw(demo, out)
-    console.print(_table(facts))
+    console.print(table(facts))
     console.print(_errors(demo.rebuilt))
     console.print(Text(f"Picture: {out}"), soft_wrap=True)
 
@@ -175,11 +224,12 @@ def _focus(
     from rich.console import Console
     from rich.text import Text
 
+    from ._terminal import check_out, checked, table
     from .patches import InputError, load_photo
 
-    _check_out(out)
+    check_out(out)
     keep_ratio, threshold = (0.5, None) if rule == (None, None) else rule
-    config = _checked(CMAIConfig, keep_ratio=keep_ratio, threshold=threshold)
+    config = checked(CMAIConfig, keep_ratio=keep_ratio, threshold=threshold)
     if model is None:
         raise InputError("--model is needed: the folder or id of a LLaVA model")
     from .focus_picture import draw, summary
@@ -205,30 +255,49 @@ def _focus(
         ("model", focus.model),
         ("backend", focus.backend),
     ]
-    console.print(_table(facts))
+    console.print(table(facts))
     console.print(Text(f"Picture: {out}"), soft_wrap=True)
 
 
-def _check_out(out: Path) -> None:
-    """Refuse before the work what cannot be written after it."""
+def _explain_image(
+    image: Path | None,
+    model: str | None,
+    prompt: str,
+    out: Path,
+    keep_ratio: float | None,
+    token: str | None,
+    layer: int | None,
+    **settings: Any,
+) -> None:
+    """settings: those of `VMTCConfig`."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from ._terminal import check_out, checked, table
     from .patches import InputError
 
-    if out.suffix.lower() != ".png":
-        raise InputError(f"--out must end in .png, got {out}")
-    if out.is_dir() or not out.parent.is_dir():
-        reason = "is a directory" if out.is_dir() else f"no directory {out.parent}"
-        raise InputError(f"cannot write {out}: {reason}")
+    check_out(out)
+    config = checked(VMTCConfig, **settings)
+    cmai = None if keep_ratio is None else checked(CMAIConfig, keep_ratio=keep_ratio)
+    if cmai is None and (token, layer) != (None, None):
+        raise InputError("--token and --layer need --keep-ratio: without it no token is inhibited")
+    if model is None:
+        raise InputError("--model is needed: the folder or id of a vision-language model")
+    from .explain_picture import draw, facts
+    from .explained import Explainer, photograph
 
-
-def _checked(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The result of a call whose refusals are the user's to mend."""
-    from .patches import InputError
-
-    try:
-        return call(*args, **kwargs)
-    except (ValueError, _registry.BackendError) as error:
-        text = str(error).removeprefix("VMTCConfig: ").removeprefix("CMAIConfig: ")
-        raise InputError(text) from error
+    console, terminal = Console(highlight=False), Console(stderr=True)
+    with terminal.status("reading the photograph") as status:
+        photo = photograph(image)
+        status.update("loading the model")
+        explainer = Explainer.load(model)
+        status.update("running the model")
+        explained = explainer.explain(photo, prompt, config, cmai, layer=layer, token=token)
+        status.update("drawing")
+        draw(explained, out, "" if image else _CREDIT)
+    seen = f"{image or 'rocket'}, {photo.width} x {photo.height} pixels"
+    console.print(table([("image", seen), *facts(explained)]))
+    console.print(Text(f"Picture: {out}"), soft_wrap=True)
 
 
 def _tokens(
@@ -251,12 +320,13 @@ def _facts(
     photo: "np.ndarray", patch: int, tokens: "Tokens", config: VMTCConfig
 ) -> list[tuple[str, str]]:
     """What the first table says: token counts, time, backend and why."""
+    from ._terminal import checked
     from .patches import split
 
     x, scores, features = split(photo, patch), tokens.scores, tokens.features
     count, size = x.shape[1:]
     primary, merged = config.counts(count)
-    explanation = _checked(
+    explanation = checked(
         _registry.explain, "merge_tokens", x, scores, primary, merged, features=features
     )
     runs = _times(lambda: config.merge(x, scores, features=features))
@@ -283,19 +353,6 @@ def _times(call: Callable[[], Any]) -> list[float]:
     return runs
 
 
-def _table(rows: Iterable[tuple[str, str]], title: str = "") -> "Table":
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title or None, box=box.SIMPLE, show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in rows:
-        table.add_row(name, Text(value))
-    return table
-
-
 def _errors(rebuilt: "list[Rebuilt]") -> "Table":
     from rich import box
     from rich.table import Table
@@ -315,19 +372,21 @@ def _errors(rebuilt: "list[Rebuilt]") -> "Table":
 def _info() -> None:
     from rich.console import Console
 
+    from ._terminal import table
+
     console = Console(highlight=False)
     packages = [("vmtc_kernels", __version__), ("python", platform.python_version())]
     packages += [(name, _version(name)) for name in ("torch", "numpy", "triton", "transformers")]
-    console.print(_table(packages, "Versions"))
+    console.print(table(packages, "Versions"))
     cpu = [
         ("capability", torch.backends.cpu.get_cpu_capability()),
         ("threads", str(torch.get_num_threads())),
     ]
-    console.print(_table(cpu, "CPU"))
+    console.print(table(cpu, "CPU"))
     backends = _registry.available_backends()
-    console.print(_table([(k, v or "runs here") for k, v in backends.items()], "Backends"))
+    console.print(table([(k, v or "runs here") for k, v in backends.items()], "Backends"))
     if _registry._C is not None:
-        console.print(_table(_registry._C.build_info().items(), "Build of the compiled module"))
+        console.print(table(_registry._C.build_info().items(), "Build of the compiled module"))
 
 
 def _version(package: str) -> str:

@@ -17,7 +17,8 @@ from ._layout import Layout
 
 class Merged(NamedTuple):
     """Units of the same size: rows i64 [units, tokens] of the projector; owner, the slot of each
-    token, scores; place i64 [units, slots], the token whose place a slot takes; sizes."""
+    token, -1 of one that is dropped; scores; place i64 [units, slots], the token whose place a
+    slot takes; sizes."""
 
     rows: Tensor
     owner: Tensor
@@ -177,13 +178,16 @@ class Vision:
             weight = scores.nan_to_num(0.0).clamp(min=0)
             if self.config.weighting == "uniform":
                 weight = torch.ones_like(weight)
-            total = torch.zeros_like(place, dtype=weight.dtype).scatter_add(1, owner, weight)
+            units, slots = place.shape
+            owner = _slot(owner, slots)
+            none = weight.new_zeros(units, slots + 1)
+            total = none.scatter_add(1, owner, weight)
             weight = torch.where(total.gather(1, owner) > 0, weight, 1.0)
-            total = torch.zeros_like(total).scatter_add(1, owner, weight)
+            total = none.scatter_add(1, owner, weight)
             share = (weight / total.gather(1, owner))[..., None]
-            tokens = torch.zeros(*place.shape, x.shape[1], dtype=torch.float32, device=x.device)
+            tokens = weight.new_zeros(units, slots + 1, x.shape[1])
             index = owner[..., None].expand(-1, -1, x.shape[1])
-            tokens = tokens.scatter_add(1, index, share * x[rows].float())
+            tokens = tokens.scatter_add(1, index, share * x[rows].float())[:, :slots]
             out = out.index_copy(
                 0, rows.gather(1, place).flatten(), tokens.flatten(0, 1).to(x.dtype)
             )
@@ -281,14 +285,20 @@ def _choose(images: Any, shown: Tensor) -> Any:
 
 def _heaviest(owner: Tensor, scores: Tensor, slots: int) -> Tensor:
     """i64 ``[units, slots]``: in each slot the token of the highest score, the first of equals."""
-    tokens = owner.shape[1]
+    tokens, owner = owner.shape[1], _slot(owner, slots)
     # no score is beside these, so that every slot has a token that reaches its maximum
     scores = scores.detach().float().nan_to_num(nan=-torch.inf)
-    best = scores.new_full((len(owner), slots), -torch.inf)
+    best = scores.new_full((len(owner), slots + 1), -torch.inf)
     best = best.scatter_reduce(1, owner, scores, "amax")
     index = torch.arange(tokens, device=owner.device)
     index = torch.where(scores == best.gather(1, owner), index, tokens)
-    return torch.full_like(best, tokens, dtype=torch.int64).scatter_reduce(1, owner, index, "amin")
+    first = torch.full_like(best, tokens, dtype=torch.int64)
+    return first.scatter_reduce(1, owner, index, "amin")[:, :slots]
+
+
+def _slot(owner: Tensor, slots: int) -> Tensor:
+    """The owners, where tokens that are dropped have one more slot behind the others."""
+    return torch.where(owner < 0, slots, owner)
 
 
 def _states(output: Any) -> Tensor:
