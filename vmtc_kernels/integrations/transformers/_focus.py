@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ...config import CMAIConfig
 from ...focus_attention import FocusAttention
 from ._families import Family
+from ._paged import PagedFocus, Step
 
 TEXT, IMAGE = 1, 2  # modality, see `focus_attention`
 # transformers has one table of attention functions for the whole process; parts of some names,
@@ -101,6 +103,7 @@ class Focus:
         self.attentions = [layer.self_attn for layer in family.text.layers]
         for index in self.layers:
             self.attentions[index].vmtc_focus = self
+        self.paged = PagedFocus(family, config, self.layers, KEY, recorded is not None)
         self.hooks = [
             family.core.register_forward_pre_hook(self._see, with_kwargs=True),
             family.text.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -125,6 +128,9 @@ class Focus:
 
     def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Note who the new tokens are, before the first layer runs."""
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        paged = isinstance(cache, PagedAttentionCache)
+        self.paged.hold(module.config._attn_implementation, paged)
         if module.config._attn_implementation != KEY:
             raise RuntimeError(
                 "CMAI was attached, but the attention implementation is now"
@@ -134,7 +140,8 @@ class Focus:
         self.ids = self.mask = None
         if ids is None:
             raise RuntimeError("CMAI needs a pass of the whole model, not of its language model")
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if paged:
+            return args, {**kwargs, KEY: self.paged.begin(cache, ids, kwargs)}
         _check_not_packed(mask, cache, kwargs.get("position_ids"))
         past = 0 if cache is None else cache.get_seq_length()
         place = torch.arange(ids.shape[1], device=ids.device) + past
@@ -180,8 +187,11 @@ class Focus:
     def _end(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         cache = getattr(output, "cache", None)
         cache = getattr(output, "past_key_values", None) if cache is None else cache
-        if cache is not None and _state_of(cache) is None:
-            cache.layers.append(kwargs[KEY].state)
+        passing = kwargs[KEY]
+        if isinstance(passing, Step):
+            passing.focus.end(passing)
+        elif cache is not None and _state_of(cache) is None:
+            cache.layers.append(passing.state)
 
     def attend(
         self, passing: Pass, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None
@@ -216,6 +226,8 @@ def _register() -> None:
         focus, passing = getattr(module, "vmtc_focus", None), kwargs.pop(KEY, None)
         if passing is None:
             raise RuntimeError("CMAI needs a pass of the whole model, by its __call__")
+        if isinstance(passing, Step):
+            return passing.focus.attend(passing, module, query, key, value, kwargs), None
         if focus is None or not passing.state.num_image:
             return stock(module, query, key, value, *args, **kwargs)
         if kwargs.get("dropout"):
@@ -262,8 +274,8 @@ def _check_cache(cache: Any, past: Any) -> None:
         return
     if not hasattr(cache, "layers"):
         raise NotImplementedError(
-            f"CMAI cannot follow a cache of type {type(cache).__name__}: use generate, without"
-            " continuous batching, or attach without cmai"
+            f"CMAI cannot follow a cache of type {type(cache).__name__}: use a DynamicCache or a"
+            " StaticCache, or attach without cmai"
         )
     if getattr(cache, "offloading", False):
         raise NotImplementedError("CMAI cannot follow an offloaded cache: use another one")

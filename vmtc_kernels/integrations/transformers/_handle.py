@@ -13,7 +13,9 @@ from ...config import CMAIConfig, VMTCConfig
 from ...focus_attention import FocusAttention
 from ._families import Family, family_of
 from ._focus import Focus
+from ._paged_rotary import PagedRotary
 from ._prompt import shrink
+from ._requests import Requests
 from ._rotary import RotaryPositions
 from ._vision import Merged, Run, Vision
 
@@ -92,6 +94,7 @@ class Handle:
         self.last = Last()
         self._family, self._record = family, record
         self._parts: list[Any] = []
+        self._requests: Requests | None = None
         try:
             self._rotary: RotaryPositions | None = None
             if vmtc is not None:
@@ -99,6 +102,10 @@ class Handle:
                 if hasattr(family.core, "get_rope_index"):
                     self._rotary = RotaryPositions(family)
                     self._parts.append(self._rotary)
+            self._requests = Requests(family, vmtc, self._rotary)
+            self._parts.append(self._requests)
+            if hasattr(family.core, "get_rope_index"):
+                self._parts.append(PagedRotary(family, self._requests))
             if cmai is not None:
                 self._parts.append(Focus(family, cmai, self.last.focus if record else None))
         except BaseException:
@@ -145,8 +152,69 @@ class Handle:
         shrink(shrunk, self._family, self.vmtc, padding, left)
         return shrunk.to(self.model.device, self.model.dtype)
 
+    def request(self, images: Any = None, text: Any = None, **options: Any) -> list[int]:
+        """A prompt for continuous batching, which takes no images: ids that stand for them too.
+
+        The images are encoded, and compressed, now. Their tokens become virtual ids, beyond the
+        vocabulary and of this handle alone, which the embedding turns into what was encoded. The
+        same image has the same ids, so that requests which start alike share the cache, and it is
+        not encoded twice; the room for it is taken until `release`. May be called from several
+        threads, and while `ContinuousBatchingManager` runs. CMAI keeps, beside a cache of N tokens
+        and for each layer that inhibits, N times as many f32 numbers as a request has image tokens:
+        leave memory for them, by ``ContinuousBatchingConfig.max_memory_percent``.
+
+        Args:
+            images: those of this prompt, or None.
+            text: one prompt, with a placeholder for each image.
+            options: as the processor takes them.
+
+        Returns:
+            ids for ``model.generate_batch([ids, ...])`` or ``manager.add_request(ids)``; a
+            tokenizer does not know the virtual ones, which come back in ``prompt_ids``.
+
+        Raises:
+            ValueError: as in `prepare`, or several prompts.
+            NotImplementedError: videos.
+            RuntimeError: no room, see `release` and `reserve`.
+        """
+        given = {} if images is None else {"images": images}
+        options.setdefault("return_tensors", "pt")
+        inputs = self.processor(text=text, **given, **options)
+        assert self._requests is not None
+        return self._requests.ids_of(inputs, self.shrink)
+
+    def release(self, ids: list[int]) -> None:
+        """The request with these ids, those of `request`, is finished: its images may make room.
+
+        Until there is need for the room a later request with the same image finds it.
+
+        Raises:
+            ValueError: the ids were released before.
+        """
+        assert self._requests is not None
+        self._requests.release(ids)
+
+    def reserve(self, image_tokens: int) -> None:
+        """Room for images of unfinished requests; 16384 tokens, unless this is called first.
+
+        Memory: ``image_tokens`` embeddings of the language model.
+
+        Raises:
+            RuntimeError: there was a request already, or continuous batching has run.
+        """
+        assert self._requests is not None
+        self._requests.reserve(image_tokens)
+
     def detach(self) -> None:
-        """The model as it was. Inputs that were prepared fit it no longer."""
+        """The model as it was. Inputs that were prepared fit it no longer.
+
+        A manager of continuous batching that the model keeps is destroyed.
+
+        Raises:
+            RuntimeError: continuous batching runs; nothing was changed.
+        """
+        if self._requests is not None:
+            self._requests.finish()
         for part in reversed(self._parts):
             part.detach()
         self._parts.clear()
