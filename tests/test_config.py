@@ -27,6 +27,7 @@ from vmtc_kernels import (
         ({"num_merged": -1}, ValueError, "num_merged must be at least 0, got -1"),
         ({"num_primary": 1.5}, ValueError, r"num_primary as a share must be in \[0, 1\], got 1.5"),
         ({"num_merged": -0.1}, ValueError, r"num_merged as a share must be in \[0, 1\], got -0.1"),
+        ({"num_primary": 0.7, "num_merged": 0.4}, ValueError, r"at most 1 together, got 0.7 \+ 0.4"),
         ({"num_merged": float("nan")}, ValueError, r"num_merged as a share must be in \[0, 1\]"),
         ({"num_primary": "128"}, TypeError, "num_primary must be an int, got str"),
         ({"num_merged": True}, TypeError, "num_merged must be an int, got bool"),
@@ -87,7 +88,7 @@ def test_counts(primary: float, merged: float, tokens: int, counts: tuple[int, i
 
 
 @pytest.mark.parametrize(
-    ("primary", "merged", "tokens"), [(128, 32, 159), (0.01, 0.0, 10), (0.5, 0.5, 5), (1, 1, 0)]
+    ("primary", "merged", "tokens"), [(128, 32, 159), (0.5, 3, 5), (1, 1, 0), (11, 0.5, 10)]
 )
 def test_counts_that_do_not_fit_the_image(primary: float, merged: float, tokens: int) -> None:
     with pytest.raises(ValueError, match=f"must be 1 to {tokens} for an image of {tokens} tokens"):
@@ -197,3 +198,17 @@ def test_cmai_of_one_phase_is_plain_in_the_other(backend: str) -> None:
 def test_cmai_state() -> None:
     assert CMAIConfig().text_image(2, 4, 9, 5).shape == (2, 1, 9, 5)
     assert CMAIConfig(head_mode="per_head").text_image(2, 4, 9, 5).shape == (2, 4, 9, 5)
+
+
+@pytest.mark.parametrize("primary, merged", [(0.75, 0.25), (0.5, 0.5), (0.01, 0.0), (0.0, 0.1)])
+def test_shares_fit_images_of_every_size(primary: float, merged: float) -> None:
+    config = VMTCConfig(num_primary=primary, num_merged=merged)
+    for tokens in range(1, 200):
+        kept, groups = config.counts(tokens)
+        assert 0 < kept + groups <= tokens and abs(kept - primary * tokens) <= 1
+        assert (groups > 0) <= (merged > 0) and (kept > 0) <= (primary > 0)
+
+
+def test_counts_of_a_smaller_image_may_be_clipped() -> None:
+    config = VMTCConfig(num_primary=4, num_merged=3)
+    assert [config.counts(n, clip=True) for n in (9, 6, 3)] == [(4, 3), (4, 2), (3, 0)]

@@ -63,6 +63,12 @@ class VMTCConfig:
                 _checks.count(name, field, value, 0)
         if self.num_primary == self.num_merged == 0:
             raise ValueError(f"{name}: num_primary and num_merged must not both be 0")
+        shares = [x for x in (self.num_primary, self.num_merged) if isinstance(x, float)]
+        if sum(shares) > 1 + 1e-9:
+            raise ValueError(
+                f"{name}: num_primary and num_merged as shares must be at most 1 together, got"
+                f" {self.num_primary} + {self.num_merged}"
+            )
         _checks.option(name, "metric", self.metric, METRICS)
         _checks.option(name, "weighting", self.weighting, WEIGHTINGS)
         _checks.count(name, "iterations", self.iterations, 0)
@@ -76,16 +82,21 @@ class VMTCConfig:
     def counts(self, num_tokens: int, *, clip: bool = False) -> tuple[int, int]:
         """``(P, K)`` for an image of ``num_tokens`` tokens.
 
-        Where they exceed it, raises; with ``clip`` they become less, primary tokens first.
+        Where they exceed it, raises; with ``clip``, and where both are shares, they become less,
+        merged tokens first. There is always at least one.
         """
         primary, merged = (
             int(value * num_tokens + 0.5) if isinstance(value, float) else value
             for value in (self.num_primary, self.num_merged)
         )
+        if isinstance(self.num_primary, float) and isinstance(self.num_merged, float):
+            clip = True  # both were rounded up, or down
         if clip:
             primary = min(primary, num_tokens)
             merged = min(merged, num_tokens - primary)
-            return (primary, merged) if primary + merged else (min(1, num_tokens), 0)
+            if primary + merged or not num_tokens:
+                return primary, merged
+            return (1, 0) if self.num_primary else (0, 1)
         if not 0 < primary + merged <= num_tokens:
             raise ValueError(
                 f"VMTCConfig: num_primary + num_merged must be 1 to {num_tokens} for an image of"

@@ -219,6 +219,11 @@ class Idefics3(_Siglip):
         states, mask = args[0], args[1] if len(args) > 1 else kwargs.get("attention_mask")
         if mask is None:
             return None
+        if not isinstance(mask, Tensor):
+            raise NotImplementedError(
+                f"VMTCConfig.placement inside the encoder cannot shorten a {type(mask).__name__}:"
+                " load the vision encoder with attn_implementation='sdpa'"
+            )
         # [images, 1, queries, keys], of which the places of the patches left remain
         places = self.tokens_of(torch.arange(self.side**2, device=rows.device)[None, :, None])
         per_image = len(places)
@@ -321,7 +326,7 @@ class Qwen25VL(Family):
         q, k = self._queries_keys(kept)
         ends = kept["kwargs"]["cu_seqlens"].tolist()
         spans = [torch.arange(a, b, device=q.device) for a, b in pairwise(ends)]
-        scores = q.new_zeros(len(q), dtype=torch.float32)
+        scores = q.new_zeros(len(q), dtype=torch.promote_types(q.dtype, torch.float32))
         for span in by_size(spans):
             # times the length, so that a token of a small window does not gain from it
             part = config.importance(

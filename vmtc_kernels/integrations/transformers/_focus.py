@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from ...config import CMAIConfig
 from ...focus_attention import FocusAttention
+from ._attached import Attached
 from ._families import Family
 from ._paged import PagedFocus, Step
 
@@ -61,29 +63,33 @@ class State:
         self._each(lambda x: x[indices.to(x.device)])
 
     def _each(self, change: Any) -> None:
-        self.modality = change(self.modality)
-        self.text_image = {layer: change(x) for layer, x in self.text_image.items()}
+        with torch.inference_mode(False):
+            self.modality = change(self.modality)
+            self.text_image = {layer: change(x) for layer, x in self.text_image.items()}
 
     def reserve(self, positions: int, num_image: int) -> None:
         """Room for as many positions and image tokens."""
         self.num_image = max(self.num_image, num_image)
-        more = positions - self.modality.shape[1]
-        if more > 0:
-            self.modality = torch.nn.functional.pad(self.modality, (0, more))
-        for layer, x in self.text_image.items():
-            grow = self.num_image - x.shape[3]
-            if more > 0 or grow > 0:
-                self.text_image[layer] = torch.nn.functional.pad(x, (0, grow, 0, max(more, 0)))
+        more = max(positions - self.modality.shape[1], 0)
+        grow = {layer: self.num_image - x.shape[3] for layer, x in self.text_image.items()}
+        if not more and not any(grow.values()):
+            return
+        with torch.inference_mode(False):
+            self.modality = pad(self.modality, (0, more))
+            for layer, x in self.text_image.items():
+                self.text_image[layer] = pad(x, (0, grow[layer], 0, more))
 
 
 class Pass(NamedTuple):
-    """One pass of the language model: positions, i32 ``[B, Lq]``, are those of its tokens."""
+    """One pass of the language model: positions, i32 ``[B, Lq]``, are those of its tokens; keeps:
+    whether there may be another pass that goes on from it."""
 
     state: State
     positions: Tensor
+    keeps: bool
 
 
-class Focus:
+class Focus(Attached):
     """Inhibition in a model's language model, from `attach` until `detach`."""
 
     def __init__(
@@ -94,10 +100,6 @@ class Focus:
         self.implementation = _check(family)
         layers = text.num_hidden_layers
         self.layers = [i for i in range(layers) if config.applies(i, layers)]
-        # what the model was called with, until its language model runs
-        self.ids: Tensor | None = None
-        self.mask: Any = None
-
         _register()
         family.model.set_attn_implementation({"text_config": KEY})
         self.attentions = [layer.self_attn for layer in family.text.layers]
@@ -117,14 +119,14 @@ class Focus:
             del self.attentions[index].vmtc_focus
         self.family.model.set_attn_implementation({"text_config": self.implementation})
 
-    def _see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model's inputs, which its language model does not get."""
+    def _see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand the model's inputs to its language model, which gets all keywords but these."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             raise ValueError(
                 "CMAI needs input_ids, which say what is an image: pass these, not inputs_embeds"
             )
-        self.ids, self.mask = ids, kwargs.get("attention_mask")
+        return args, {**kwargs, KEY: (ids, kwargs.get("attention_mask"))}
 
     def _begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Note who the new tokens are, before the first layer runs."""
@@ -136,10 +138,9 @@ class Focus:
                 "CMAI was attached, but the attention implementation is now"
                 f" {module.config._attn_implementation!r}: call detach, then attach again"
             )
-        ids, mask = self.ids, self.mask
-        self.ids = self.mask = None
-        if ids is None:
+        if KEY not in kwargs:
             raise RuntimeError("CMAI needs a pass of the whole model, not of its language model")
+        ids, mask = kwargs[KEY]
         if paged:
             return args, {**kwargs, KEY: self.paged.begin(cache, ids, kwargs)}
         _check_not_packed(mask, cache, kwargs.get("position_ids"))
@@ -154,11 +155,14 @@ class Focus:
         state = _state_of(cache)
         if state is None:
             _check_cache(cache, past)
-            state = State(modality.new_zeros(len(ids), 0))
+            # a cache that is filled in inference mode may go on outside of it
+            with torch.inference_mode(False):
+                state = State(torch.zeros(len(ids), 0, dtype=torch.uint8, device=ids.device))
+        keeps = kwargs.get("use_cache") is not False
         room = cache.get_max_length() if cache is not None and cache.layers else -1
         if room < 0:
             room = ids.shape[1] + past
-            if room > state.modality.shape[1] and kwargs.get("use_cache") is not False:
+            if room > state.modality.shape[1] and keeps:
                 room += room // 4 + 64  # not anew for each token
         state.reserve(room, 0)
         state.modality.scatter_(1, place.expand_as(ids), modality)
@@ -167,22 +171,12 @@ class Focus:
             inside = torch.arange(state.modality.shape[1], device=ids.device) <= place[-1]
             images = ((state.modality == IMAGE) & inside).sum(1)
             state.reserve(0, int(images.max()) if len(images) else 0)
-        if state.num_image and kwargs.get("use_cache") is not False:
-            self._reserve_scores(state)
+            _check_causal(mask, state.modality, place)
         if self.recorded is not None:
             self.recorded.clear()
         # keywords that the language model does not know go through to its attention
-        passing = Pass(state, place.to(torch.int32).expand_as(ids))
+        passing = Pass(state, place.to(torch.int32).expand_as(ids), keeps)
         return args, {**kwargs, KEY: passing}
-
-    def _reserve_scores(self, state: State) -> None:
-        heads = self.family.text.config.num_attention_heads
-        for layer in self.layers:
-            if layer not in state.text_image:
-                state.text_image[layer] = self.config.text_image(
-                    *(len(state.modality), heads, state.modality.shape[1], state.num_image),
-                    device=self.attentions[layer].o_proj.weight.device,
-                )
 
     def _end(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         cache = getattr(output, "cache", None)
@@ -197,7 +191,11 @@ class Focus:
         self, passing: Pass, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None
     ) -> Tensor:
         """``[B, Lq, H, dv]``, as transformers wants it."""
-        state = passing.state
+        state, kind = passing.state, q.device.type
+        if torch.is_autocast_enabled(kind):
+            q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+        if passing.keeps and layer not in state.text_image:
+            state.text_image[layer] = self._text_image(state, q)
         result = self.config.attention(
             q,
             k,
@@ -212,9 +210,16 @@ class Focus:
         )
         if isinstance(result, FocusAttention):
             assert self.recorded is not None
-            self.recorded[layer] = result
+            # the output of a training step would keep its graph
+            self.recorded[layer] = result._replace(out=result.out.detach())
             result = result.out
         return result.transpose(1, 2).contiguous()
+
+    def _text_image(self, state: State, q: Tensor) -> Tensor:
+        sizes = len(state.modality), q.shape[1], state.modality.shape[1], state.num_image
+        with torch.inference_mode(False):
+            empty = self.config.text_image(*sizes, device=q.device)
+            return empty.double() if q.dtype == torch.float64 else empty
 
 
 def _register() -> None:
@@ -255,6 +260,24 @@ def _real(mask: Any, place: Tensor) -> Tensor:
         mask = mask if mask.dtype == torch.bool else mask == 0
         return mask[:, 0].gather(2, place[None, :, None].expand(len(mask), -1, 1))[..., 0].byte()
     return mask[:, place].bool().byte()
+
+
+def _check_causal(mask: Any, modality: Tensor, place: Tensor) -> None:
+    """That a mask of all pairs is what transformers makes of padding alone."""
+    if isinstance(mask, dict):
+        mask = mask["full_attention"]
+    if mask is None or mask.dim() != 4:
+        return
+    seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
+    keys = torch.arange(seen.shape[2], device=seen.device)
+    real = modality[:, : seen.shape[2]] > 0
+    expected = (keys <= place[:, None]) & real[:, None]
+    asked = real.gather(1, place.expand(len(real), -1))[..., None]
+    if bool(((seen != expected) & asked).any()):
+        raise NotImplementedError(
+            "CMAI knows no attention but causal attention to all tokens that are not padding: pass"
+            " a mask of two dimensions, or attach without cmai"
+        )
 
 
 def _check_not_packed(mask: Any, cache: Any, positions: Tensor | None) -> None:

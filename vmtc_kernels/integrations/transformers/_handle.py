@@ -11,10 +11,11 @@ from transformers.models.auto import processing_auto
 
 from ...config import CMAIConfig, VMTCConfig
 from ...focus_attention import FocusAttention
+from ._attached import Attached
 from ._families import Family, family_of
 from ._focus import Focus
 from ._paged_rotary import PagedRotary
-from ._prompt import shrink
+from ._prompt import Padding, shrink
 from ._requests import Requests
 from ._rotary import RotaryPositions
 from ._vision import Merged, Run, Vision
@@ -70,7 +71,7 @@ def attach(
     return Handle(model, processor, vmtc, cmai, record)
 
 
-class Handle:
+class Handle(Attached):
     """What `attach` did to a model. `detach` undoes it, as does the end of a ``with`` block.
 
     ``model``, ``processor``, ``vmtc``, ``cmai``: as given; ``last``: see `Last`.
@@ -86,9 +87,10 @@ class Handle:
     ) -> None:
         if vmtc is None and cmai is None:
             raise ValueError("attach: neither vmtc nor cmai is given: there is nothing to do")
-        family = family_of(model)
+        # of a model with adapters, the one that has them
+        family = family_of(model.get_base_model() if hasattr(model, "get_base_model") else model)
         _check_processor(family, processor)
-        if getattr(model, "vmtc_handle", None) is not None:
+        if getattr(family.model, "vmtc_handle", None) is not None:
             raise ValueError("attach: this model has a handle already: call its detach first")
         self.model, self.processor, self.vmtc, self.cmai = model, processor, vmtc, cmai
         self.last = Last()
@@ -111,7 +113,7 @@ class Handle:
         except BaseException:
             self.detach()
             raise
-        model.vmtc_handle = self
+        family.model.vmtc_handle = self
 
     def prepare(
         self, images: Any = None, text: Any = None, videos: Any = None, **options: Any
@@ -124,7 +126,7 @@ class Handle:
                 prompts are padded, unless ``options`` say otherwise.
 
         Returns:
-            The processor's `BatchFeature`, on the device and in the dtype of the model, for
+            The processor's `BatchFeature`, on the model's device and pixels in its dtype, for
             ``generate(**inputs)`` or ``model(**inputs)``.
 
         Raises:
@@ -132,25 +134,57 @@ class Handle:
                 than are asked for.
         """
         options.setdefault("return_tensors", "pt")
+        if options["return_tensors"] != "pt":
+            raise ValueError("prepare: return_tensors must be 'pt', as the model takes tensors")
         if isinstance(text, list | tuple):
             options.setdefault("padding", True)
         given = {"images": images, "videos": videos}
         given = {name: value for name, value in given.items() if value is not None}
-        return self.shrink(self.processor(text=text, **given, **options))
+        made = self.processor(text=text, **given, **options)
+        how = {**options, **options.get("text_kwargs", {})}
+        return self.shrink(
+            made,
+            padding_side=how.get("padding_side"),
+            length=how["max_length"] if how.get("padding") == "max_length" else 0,
+            pad_to_multiple_of=how.get("pad_to_multiple_of") or 1,
+        )
 
-    def shrink(self, inputs: Mapping[str, Any]) -> Any:
+    def shrink(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        padding_side: str | None = None,
+        length: int = 0,
+        pad_to_multiple_of: int = 1,
+    ) -> Any:
         """`prepare` for inputs that the processor has made, those of a chat template for example.
 
-        inputs: of tensors; what has the shape of ids, labels for example, loses the same places.
-            Returned as a `BatchFeature` on the device and in the dtype of the model.
+        Args:
+            inputs: of tensors; what has the shape of ids, labels for example, loses the same
+                places.
+            padding_side: ``"left"`` or ``"right"``; that of the padding in ``inputs`` if None, or
+                the tokenizer's.
+            length, pad_to_multiple_of: rows are padded to the longest, to at least ``length``
+                tokens, and to a multiple.
+
+        Returns:
+            A `BatchFeature` on the model's device, pixels in its dtype.
+
+        Raises:
+            ValueError: as in `prepare`.
         """
         tokenizer = self.processor.tokenizer
-        pad = tokenizer.pad_token_id
-        padding = {"input_ids": tokenizer.eos_token_id if pad is None else pad, "labels": -100}
-        left = tokenizer.padding_side == "left"
+        empty = tokenizer.pad_token_id
+        values = {"input_ids": tokenizer.eos_token_id if empty is None else empty, "labels": -100}
+        padding = Padding(values, padding_side, length, pad_to_multiple_of)
         shrunk = transformers.BatchFeature(dict(inputs))
-        shrink(shrunk, self._family, self.vmtc, padding, left)
-        return shrunk.to(self.model.device, self.model.dtype)
+        shrink(shrunk, self._family, self.vmtc, padding, tokenizer.padding_side)
+        shrunk = shrunk.to(_device(self.model))
+        for name, value in shrunk.items():
+            # other numbers, the seconds between frames for example, would lose digits
+            if name.startswith("pixel_values") and value.is_floating_point():
+                shrunk[name] = value.to(self._family.model.dtype)
+        return shrunk
 
     def request(self, images: Any = None, text: Any = None, **options: Any) -> list[int]:
         """A prompt for continuous batching, which takes no images: ids that stand for them too.
@@ -218,8 +252,8 @@ class Handle:
         for part in reversed(self._parts):
             part.detach()
         self._parts.clear()
-        if getattr(self.model, "vmtc_handle", None) is self:
-            del self.model.vmtc_handle
+        if getattr(self._family.model, "vmtc_handle", None) is self:
+            del self._family.model.vmtc_handle
 
     def __enter__(self) -> Handle:
         return self
@@ -227,14 +261,21 @@ class Handle:
     def __exit__(self, *error: object) -> None:
         self.detach()
 
-    def _encoded(self, modality: str, run: Run) -> None:
+    def _encoded(self, modality: str, run: Run, output: Any) -> None:
         if self._rotary is not None:
             assert run.rows is not None
-            self._rotary.encoded(modality, run.layout, run.rows)
+            self._rotary.encoded(modality, run.layout, run.rows, output)
         if self._record:
             # the scores of a training step would keep its graph
             detached = [units._replace(scores=units.scores.detach()) for units in run.merged]
             self.last.merged[modality] = detached
+
+
+def _device(model: Any) -> Any:
+    """Where inputs go; the weights of an offloaded model are nowhere until they are used."""
+    if model.device.type != "meta":
+        return model.device
+    return getattr(getattr(model, "_hf_hook", None), "execution_device", None) or "cpu"
 
 
 def _check_processor(family: Family, processor: Any) -> None:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ._attached import Attached
 from ._families import Family
 from ._paged import Marks, Pages, key_ends
 from ._requests import Requests, Table, replayed
@@ -22,7 +23,7 @@ class Skipped(NamedTuple):
     marks: Marks
 
 
-class PagedRotary:
+class PagedRotary(Attached):
     """Positions of compressed images in requests, for models that compute them from grids.
 
     Continuous batching numbers the tokens of a request. A virtual id's ``places`` in the table are

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...config import VMTCConfig
 from ._families import Family
+
+
+class Padding(NamedTuple):
+    """How rows are filled up: ``values`` by input, 0 unless named; ``side``, if it is known; to at
+    least ``length`` tokens and a multiple of ``multiple``."""
+
+    values: Mapping[str, int]
+    side: str | None = None
+    length: int = 0
+    multiple: int = 1
 
 
 def shrink(
     inputs: MutableMapping[str, Any],
     family: Family,
     config: VMTCConfig | None,
-    padding: Mapping[str, int],
-    left: bool,
+    padding: Padding,
+    usual_side: str,
 ) -> None:
-    """Take placeholders out of a processor's output, in place; rows are padded anew.
-
-    padding: what fills each input up, 0 unless named; left: on which side.
-    """
+    """Take placeholders out of a processor's output, in place; rows are padded anew, on the side
+    where they were, or on the usual one if they had no padding."""
     ids = inputs["input_ids"]
     stays = torch.ones(ids.shape, dtype=torch.bool)
     for modality, token in family.tokens.items():
@@ -30,23 +39,29 @@ def shrink(
         stays[found] = _shown(inputs, modality, family, config, int(found.sum()))
     if stays.all():
         return
-    real = inputs.get("attention_mask")
-    if real is not None:
-        stays &= real.cpu().bool()
+    side = padding.side
+    if (mask := inputs.get("attention_mask")) is not None:
+        real = mask.cpu().bool()
+        if side is None and not real.all():
+            side = "right" if real[:, 0].all() else "left"
+        stays &= real
     per_token = {
         name: value
         for name, value in inputs.items()
         if isinstance(value, Tensor) and value.shape == ids.shape
     }
     per_token.setdefault("attention_mask", torch.ones_like(ids))
+    length = max(int(stays.sum(1).max()), padding.length)
+    length += -length % padding.multiple
     for name, value in per_token.items():
         rows = [row[keep] for row, keep in zip(value, stays.to(value.device), strict=True)]
-        inputs[name] = torch.nn.utils.rnn.pad_sequence(
-            rows,
-            batch_first=True,
-            padding_value=padding.get(name, 0),
-            padding_side="left" if left else "right",
-        )
+        fill = padding.values.get(name, 0)
+        inputs[name] = torch.stack([_fill(row, length, side or usual_side, fill) for row in rows])
+
+
+def _fill(row: Tensor, length: int, side: str, value: int) -> Tensor:
+    more = length - len(row)
+    return pad(row, (more, 0) if side == "left" else (0, more), value=value)
 
 
 def _shown(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...config import VMTCConfig
+from ._attached import Attached
 from ._families import Family
 from ._rotary import IMAGE, RotaryPositions
 
@@ -107,7 +108,7 @@ class Table:
         return (ids.long() - self.first) % len(self.owner)
 
 
-class Requests:
+class Requests(Attached):
     """Virtual ids for the images of requests, from `attach` until `detach`."""
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._attached import Attached
 from ._families import Family
 from ._layout import Layout
 
 IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
+KEY = "vmtc_shown"
 
 
-class RotaryPositions:
+class RotaryPositions(Attached):
     """Positions of compressed prompts, for models that compute them from grids.
 
     The model asks for positions when it sees the prompt, before it is known which tokens are left:
@@ -30,21 +33,34 @@ class RotaryPositions:
         self.images: dict[str, list[Tensor]] = {}
         self.places: dict[str, list[tuple[int, Tensor]]] = {}
         self.shape = torch.Size()
-        self.shown: dict[str, list[Tensor]] = {}  # bool [R] of each run
+        self.local = threading.local()
         self.original = self.core.get_rope_index
         self.core.get_rope_index = self._wrapped()
-        self.hooks = [family.text.register_forward_pre_hook(self._correct, with_kwargs=True)]
+        self.hooks = [
+            family.core.register_forward_pre_hook(self._see, with_kwargs=True),
+            family.text.register_forward_pre_hook(self._correct, with_kwargs=True),
+        ]
+
+    @property
+    def shown(self) -> dict[str, list[Tensor]]:
+        """Of each modality encoded last, or handed to the model: bool ``[R]`` of each run."""
+        if not hasattr(self.local, "shown"):
+            self.local.shown = {}
+        return self.local.shown
 
     def detach(self) -> None:
         del self.core.get_rope_index
         for hook in self.hooks:
             hook.remove()
 
-    def encoded(self, modality: str, layout: Layout, rows: Tensor) -> None:
+    def encoded(self, modality: str, layout: Layout, rows: Tensor, output: Any) -> None:
         """The images of the prompt were encoded, and the projector's rows ``rows`` are left."""
         stays = torch.zeros(layout.size, dtype=torch.bool, device=rows.device)
         stays[rows] = True
-        self.shown[modality] = list(layout.shown(stays).cpu().split(layout.splits))
+        shown = list(layout.shown(stays).cpu().split(layout.splits))
+        self.shown[modality] = shown
+        # which is handed to the model later on, perhaps when others were encoded
+        setattr(output, KEY, shown)
 
     def _wrapped(self) -> Any:
         @functools.wraps(self.original)
@@ -118,30 +134,59 @@ class RotaryPositions:
             return iter(())
         return iter(self.family.layout(modality, {f"{modality}_grid_thw": grid}).splits)
 
+    def _see(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand what the language model does not get to its hook."""
+        for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():
+            if (shown := getattr(output, KEY, None)) is not None:
+                self.shown[modality] = shown
+        return args, {**kwargs, KEY: kwargs.get("input_ids", args[0] if args else None)}
+
     def _correct(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        positions = kwargs.get("position_ids")
-        if not self.shown or positions is None or positions.dim() != 3 or positions.shape[2] == 1:
-            return None
+        kwargs = dict(kwargs)
+        ids, positions = kwargs.pop(KEY, None), kwargs.get("position_ids")
+        if ids is None or ids.shape[1] == 1 or positions is None or len(positions) < 3:
+            return args, kwargs
+        left = {m: int((ids == token).sum()) for m, token in self.family.tokens.items()}
+        if not any(left.values()):
+            return args, kwargs
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         past = 0 if cache is None else int(cache.get_seq_length())
-        length, beams = positions.shape[2], positions.shape[1] // max(self.shape[0], 1)
         # text positions, which some models put first, stay
         corrected = positions.clone()
-        for modality, shown in self.shown.items():
-            images, places = self.images.get(modality, []), self.places.get(modality, [])
-            if len(images) != len(shown):
-                return None
-            for whole, (row, columns), stays in zip(images, places, shown, strict=True):
-                here = (columns >= past) & (columns < past + length)
-                place = columns[here] - past
-                rows = slice(row * beams, (row + 1) * beams)
-                # another prompt, or positions of somebody's own
-                given, first = positions[-3:, rows, place], whole[:, : len(columns)][:, None, here]
-                if not torch.equal(given, first.expand_as(given)):
-                    return None
-                left = whole[:, stays.to(whole.device)]
-                corrected[-3:, rows, place] = left[:, None, here]
+        found = [
+            self._put_right(modality, positions, corrected, past)
+            for modality in self.images
+            if left.get(modality)
+        ]
+        if sum(found) * (ids.shape[0] // max(self.shape[0], 1)) != sum(left.values()):
+            raise RuntimeError(
+                "positions of a compressed prompt are known only where the model asked its"
+                " get_rope_index for them last: pass no position_ids of your own, and prepare no"
+                " other prompt in between"
+            )
         return args, {**kwargs, "position_ids": corrected}
+
+    def _put_right(self, modality: str, positions: Tensor, corrected: Tensor, past: int) -> int:
+        """How many placeholders of a row's first beam were put right."""
+        length, beams = positions.shape[2], positions.shape[1] // max(self.shape[0], 1)
+        runs = list(zip(self.images[modality], self.places[modality], strict=True))
+        shown = self.shown.get(modality, [])
+        if len(shown) < len(runs):  # the cache holds the others
+            runs = [run for run in runs if run[1][1][-1] >= past]
+        if len(shown) != len(runs):
+            return 0
+        count = 0
+        for (whole, (row, columns)), stays in zip(runs, shown, strict=True):
+            here = (columns >= past) & (columns < past + length)
+            place = columns[here] - past
+            rows = slice(row * beams, (row + 1) * beams)
+            given, first = positions[-3:, rows, place], whole[:, : len(columns)][:, None, here]
+            kept = whole[:, stays.to(whole.device)]
+            if kept.shape[1] != len(columns) or not torch.equal(given, first.expand_as(given)):
+                return 0
+            corrected[-3:, rows, place] = kept[:, None, here]
+            count += len(place)
+        return count
 
 
 def _spans(types: Tensor, columns: Tensor) -> Iterator[tuple[int, Tensor]]:

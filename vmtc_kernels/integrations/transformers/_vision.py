@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...config import VMTCConfig
+from ._attached import Attached
 from ._families import Family
 from ._layout import Layout
 
@@ -39,7 +42,7 @@ class Run:
     lead: tuple[int, ...] = ()  # of the projector's output, had nothing been merged
 
 
-class Vision:
+class Vision(Attached):
     """Compression of a model's images, from `attach` until `detach`.
 
     `encoded` is told of each encoding: its modality and its `Run`.
@@ -47,7 +50,7 @@ class Vision:
 
     def __init__(self, family: Family, config: VMTCConfig, encoded: Any) -> None:
         self.family, self.config, self.encoded = family, config, encoded
-        self.run: Run | None = None
+        self.local = threading.local()  # several threads may encode at a time
         self.cls = _scores_by_cls(family, config)
         depth = len(family.layers)
         self.score_layer = _layer("score_layer", config.score_layer, depth)
@@ -76,6 +79,10 @@ class Vision:
         for modality, name in family.methods.items():
             self._wrap(modality, name)
 
+    @property
+    def run(self) -> Run | None:
+        return getattr(self.local, "run", None)
+
     def detach(self) -> None:
         for hook in self.hooks:
             hook.remove()
@@ -92,26 +99,46 @@ class Vision:
         original = getattr(self.family.core, name)
         signature = inspect.signature(original)
 
-        @functools.wraps(original)
+        # torch.compile does not see that of layers of the same class one has hooks
+        @torch.compiler.disable
         def encode(*args: Any, **kwargs: Any) -> Any:
             if self.run is not None:  # one method calls another
                 return original(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
+            self._check_call(given)
             # arguments by the names that a processor gives them
             images, grid = given.get("pixel_values"), given.get("image_grid_thw")
             inputs = {f"{modality}_grid_thw": grid, **given, "pixel_values": images}
-            self.run = run = Run(self.family.layout(modality, inputs))
+            self.local.run = run = Run(self.family.layout(modality, inputs))
             as_dict = kwargs.pop("return_dict", None)
             try:
-                output = original(*args, **kwargs, return_dict=True)
+                with torch.compiler.set_stance("force_eager"):
+                    output = original(*args, **kwargs, return_dict=True)
                 self._select(run, output)
             finally:
-                self.run = None
-            self.encoded(modality, run)
+                self.local.run = None
+            self.encoded(modality, run, output)
             return output.to_tuple() if as_dict is False else output
 
         self.originals[name] = original
-        setattr(self.family.core, name, encode)
+        setattr(self.family.core, name, functools.wraps(original)(encode))
+
+    def _check_call(self, given: Mapping[str, Any]) -> None:
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            own = getattr(self.family.model.config, name, None)
+            if given.get(name) not in (None, own):
+                raise ValueError(
+                    f"{name}={given[name]} is not what the model had when it was attached, {own}:"
+                    " set it in the model's configuration before attach"
+                )
+        layer = self.family.layers[0]
+        # before transformers 5.24 hooks were within what is run again
+        again = any("__call__" in vars(base) for base in type(layer).__mro__ if _checkpoints(base))
+        if isinstance(self.config.placement, int) and again and _checkpointing(layer):
+            raise NotImplementedError(
+                "gradient checkpointing of the vision encoder and VMTCConfig.placement inside it"
+                " need a newer transformers: use placement='before_projector'"
+            )
 
     # what the hooks keep
 
@@ -152,6 +179,7 @@ class Vision:
         if self.config.feature_layer == "keys":
             features = self.family.keys(run.kept)
         scores = self.family.scores(self.config, run.kept, self.cls)
+        _check_gradients(run.kept, x)
         run.kept.clear()  # a layer's queries and keys are large
         tokens, rows = [x[layout.fixed]], [layout.fixed]
         for group in layout.groups:
@@ -254,6 +282,11 @@ class Vision:
 
     def _select(self, run: Run, output: Any) -> None:
         """Leave the tokens that are shown in what the model's method returns."""
+        if run.rows is None:
+            raise RuntimeError(
+                f"{self.family.model_type} encoded images without its projector: this version of"
+                " transformers is not supported"
+            )
         stays = torch.zeros(run.layout.size, dtype=torch.bool, device=run.layout.rows.device)
         stays[run.rows] = True
         shown = run.layout.shown(stays)
@@ -303,6 +336,30 @@ def _slot(owner: Tensor, slots: int) -> Tensor:
 
 def _states(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _checkpoints(kind: type) -> bool:
+    return kind.__name__ == "GradientCheckpointingLayer"
+
+
+def _checkpointing(layer: Any) -> bool:
+    return bool(getattr(layer, "gradient_checkpointing", False) and layer.training)
+
+
+def _check_gradients(kept: Mapping[str, Any], x: Tensor) -> None:
+    """A layer that is checkpointed the old way runs without gradients at first."""
+    weights = [p for name in kept for p in _parameters(kept["attention"], name)]
+    known = any(isinstance(y, Tensor) and y.requires_grad for y in kept.values())
+    if x.requires_grad and any(p.requires_grad for p in weights) and not known:
+        raise RuntimeError(
+            "gradients through the scores would be lost: use gradient checkpointing with"
+            " use_reentrant=False, which is the default"
+        )
+
+
+def _parameters(attention: Any, name: str) -> list[Tensor]:
+    projection = getattr(attention, name, None)
+    return list(projection.parameters()) if isinstance(projection, torch.nn.Module) else []
 
 
 def _layer(name: str, index: int, depth: int) -> int:
