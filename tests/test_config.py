@@ -27,7 +27,11 @@ from vmtc_kernels import (
         ({"num_merged": -1}, ValueError, "num_merged must be at least 0, got -1"),
         ({"num_primary": 1.5}, ValueError, r"num_primary as a share must be in \[0, 1\], got 1.5"),
         ({"num_merged": -0.1}, ValueError, r"num_merged as a share must be in \[0, 1\], got -0.1"),
-        ({"num_primary": 0.7, "num_merged": 0.4}, ValueError, r"at most 1 together, got 0.7 \+ 0.4"),
+        (
+            {"num_primary": 0.7, "num_merged": 0.4},
+            ValueError,
+            r"at most 1 together, got 0.7 \+ 0.4",
+        ),
         ({"num_merged": float("nan")}, ValueError, r"num_merged as a share must be in \[0, 1\]"),
         ({"num_primary": "128"}, TypeError, "num_primary must be an int, got str"),
         ({"num_merged": True}, TypeError, "num_merged must be an int, got bool"),

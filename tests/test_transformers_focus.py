@@ -201,8 +201,6 @@ def test_one_phase_alone(llava, phase):
 
 def test_beam_search(made):
     family, model, processor = made
-    if family.startswith("qwen") and not encodes_first(model):
-        pytest.skip("transformers repeats the patches of Qwen's images one by one")
     with attach(model, processor, cmai=HALF) as handle:
         inputs = handle.prepare(**one(family))
         options = {"do_sample": False, "num_beams": 3, "max_new_tokens": 5}

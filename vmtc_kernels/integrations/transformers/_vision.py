@@ -59,6 +59,9 @@ class Vision(Attached):
 
         attention = getattr(family.layers[self.score_layer], family.attention)
         self._watch(attention)
+        # the encoder's modules around that layer
+        inner = next(name for name, m in family.core.named_modules() if m is attention)
+        self.path = [inner[:i] for i, letter in enumerate(inner + ".") if letter == "."]
         last = self.score_layer
         if isinstance(config.feature_layer, int):
             layer = _layer("feature_layer", config.feature_layer, depth)
@@ -99,7 +102,7 @@ class Vision(Attached):
         original = getattr(self.family.core, name)
         signature = inspect.signature(original)
 
-        # torch.compile does not see that of layers of the same class one has hooks
+        # compiled code does not see that of layers of the same class one has hooks
         @torch.compiler.disable
         def encode(*args: Any, **kwargs: Any) -> Any:
             if self.run is not None:  # one method calls another
@@ -112,8 +115,7 @@ class Vision(Attached):
             self.local.run = run = Run(self.family.layout(modality, inputs))
             as_dict = kwargs.pop("return_dict", None)
             try:
-                with torch.compiler.set_stance("force_eager"):
-                    output = original(*args, **kwargs, return_dict=True)
+                output = original(*args, **kwargs, return_dict=True)
                 self._select(run, output)
             finally:
                 self.local.run = None
@@ -124,6 +126,13 @@ class Vision(Attached):
         setattr(self.family.core, name, functools.wraps(original)(encode))
 
     def _check_call(self, given: Mapping[str, Any]) -> None:
+        for name in self.path:
+            module = self.family.core.get_submodule(name)
+            if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+                raise NotImplementedError(
+                    f"{name} was compiled by itself, which leaves out hooks: compile the model or"
+                    " its language model instead"
+                )
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             own = getattr(self.family.model.config, name, None)
             if given.get(name) not in (None, own):
