@@ -290,6 +290,11 @@ def test_processors_of_other_models(llava):
 def test_settings_that_cannot_be_honoured(llava):
     model, processor = llava
 
+    def hooks():
+        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+    before = hooks()
+
     def attached(vmtc=None, cmai=None, model=model, processor=processor):
         return lambda: attach(model, processor, vmtc=vmtc, cmai=cmai)
 
@@ -302,6 +307,8 @@ def test_settings_that_cannot_be_honoured(llava):
     late = VMTCConfig(placement=1, score_layer=0)
     refused("features from the output of layer 1: use", attached(late))
     refused(r"layers \[5\]", attached(cmai=CMAIConfig(layers=(5,))))
+    refused(r"layers \[5\]", attached(SOME, CMAIConfig(layers=(5,))))
+    assert hooks() == before
     qwen = vlm.make("qwen2_5_vl")
     cls = VMTCConfig(score_source="cls")
     refused("no \\[CLS\\]: use 'received'", attached(cls, model=qwen[0], processor=qwen[1]))

@@ -57,21 +57,26 @@ class Vision(Attached):
         self.hooks: list[Any] = []
         self.originals: dict[str, Any] = {}
 
+        # all that may be refused comes before the first hook
+        features = config.feature_layer
+        if isinstance(features, int):
+            features = _layer("feature_layer", features, depth)
+        placement = config.placement
+        if isinstance(placement, int):
+            placement = _layer("placement", placement, depth)
+            last = features if isinstance(features, int) else self.score_layer
+            _check_placement(family, placement, max(last, self.score_layer))
+
         attention = getattr(family.layers[self.score_layer], family.attention)
-        self._watch(attention)
         # the encoder's modules around that layer
         inner = next(name for name, m in family.core.named_modules() if m is attention)
         self.path = [inner[:i] for i, letter in enumerate(inner + ".") if letter == "."]
-        last = self.score_layer
-        if isinstance(config.feature_layer, int):
-            layer = _layer("feature_layer", config.feature_layer, depth)
-            last = max(last, layer)
-            self._hook(family.layers[layer], self._keep_features)
-        if isinstance(config.placement, int):
-            layer = _layer("placement", config.placement, depth)
-            _check_placement(family, layer, last)
-            self._hook(family.layers[layer], self._shorten)
-            for later in family.layers[layer + 1 :]:
+        self._watch(attention)
+        if isinstance(features, int):
+            self._hook(family.layers[features], self._keep_features)
+        if isinstance(placement, int):
+            self._hook(family.layers[placement], self._shorten)
+            for later in family.layers[placement + 1 :]:
                 self._pre_hook(later, self._continue, with_kwargs=True)
             if family.regrouped is not None:
                 self._pre_hook(family.regrouped, self._regroup)
