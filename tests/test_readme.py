@@ -17,7 +17,7 @@ README = Path(__file__).parents[1] / "README.md"
 EXAMPLE = "examples/llava.py"
 
 
-def tiny_llava(folder: Path) -> None:
+def tiny_llava(folder: Path) -> Any:
     """Under the name that the README loads a tiny model, and the photograph beside it."""
     pytest.importorskip("transformers")
     spec = importlib.util.spec_from_file_location("llava_example", README.parent / EXAMPLE)
@@ -27,6 +27,7 @@ def tiny_llava(folder: Path) -> None:
     for part in example.tiny():
         part.save_pretrained(folder / "llava-hf/llava-1.5-7b-hf")
     Image.new("RGB", (80, 60), "red").save(folder / "photo.jpg")
+    return example
 
 
 def test_the_code_runs(
@@ -53,3 +54,23 @@ def test_the_code_runs(
     images = names["inputs"]["input_ids"] == names["model"].config.image_token_id
     assert images.sum() == 160 and names["answer"].shape[1] > names["inputs"]["input_ids"].shape[1]
     torch.testing.assert_close(names["out"], last, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["tiny", "path"])
+def test_the_example_runs(
+    checkpoint: bool,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    example = tiny_llava(tmp_path)
+    source = ["--model", str(tmp_path / "llava-hf/llava-1.5-7b-hf")] if checkpoint else []
+    options = ["--image", str(tmp_path / "photo.jpg"), "--tokens", "4", "--primary", "20"]
+    monkeypatch.setattr("sys.argv", ["llava.py", *source, *options])
+    example.main()
+    lines = capsys.readouterr().out.splitlines()[::2]
+    assert [line.split(" tokens")[0] for line in lines] == [
+        "unmodified: 618",
+        "VMTC: 94",
+        "VMTC and CMAI: 94",
+    ]

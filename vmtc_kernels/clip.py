@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checkpoints import transformers_package
 from .config import VMTCConfig
 from .patches import InputError, Tokens
 
@@ -76,15 +77,7 @@ class ClipTower:
 
 
 def _load(source: str) -> Any:
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise InputError(
-            f'--model needs {error.name}: pip install "vmtc-kernels[transformers]"'
-        ) from error
-    # a report on the absent text tower would only bury our own line
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers = transformers_package()
     try:
         kind = transformers.AutoConfig.from_pretrained(source).model_type
         if kind in _CLIP_TYPES:

@@ -17,10 +17,10 @@ from PIL import Image
 from skimage import data
 from torch import Tensor
 
-from . import _registry
+from . import _registry, checkpoints
 from .config import CMAIConfig, VMTCConfig
 from .focus_mask import unpack
-from .llava import _refusals, _words, choose
+from .llava import choose, words_of
 from .merge_tokens import MergedTokens
 from .mosaic import make_mosaic
 from .patches import InputError, _open
@@ -96,22 +96,9 @@ class Explainer:
 
     @classmethod
     def load(cls, source: str) -> Explainer:
-        """source: a folder or a model id, as `from_pretrained` of transformers takes it (which
-        looks into its cache and, unless ``HF_HUB_OFFLINE`` is set, on the hub)."""
-        transformers, families = _transformers()
-        with _refusals(f"cannot load {source}"):
-            kind = transformers.AutoConfig.from_pretrained(source).model_type
-            if kind not in families:
-                raise InputError(
-                    f"--model must be of type {', '.join(families)}, {source} is of type {kind!r}"
-                )
-            processor = transformers.AutoProcessor.from_pretrained(source)
-            model, info = transformers.AutoModelForImageTextToText.from_pretrained(
-                source, dtype="auto", output_loading_info=True
-            )
-            if info["missing_keys"]:
-                raise InputError(f"{source} lacks weights: {min(info['missing_keys'])}")
-            model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+        """source: a folder or a model id, as `checkpoints.load` takes it."""
+        families = _families()
+        model, processor = checkpoints.load(source, families, f"of type {', '.join(families)}")
         return cls(model, processor, source.rstrip("/").rsplit("/", 1)[-1])
 
     def explain(
@@ -132,7 +119,7 @@ class Explainer:
         integration = importlib.import_module("vmtc_kernels.integrations.transformers")
         noting = _Noting(**vars(vmtc))
         text, index = self._text(prompt), self._layer(layer)
-        with _refusals(f"{self.name} cannot run"):
+        with checkpoints.refusals(f"{self.name} cannot run"):
             with _settings():
                 handle = integration.attach(
                     self.model, self.processor, vmtc=noting, cmai=cmai, record=True
@@ -196,7 +183,7 @@ class Explainer:
             return f"USER: {processor.image_token}\n{prompt} ASSISTANT:"
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         turn = [{"role": "user", "content": content}]
-        with _refusals(f"{self.name} cannot run"):
+        with checkpoints.refusals(f"{self.name} cannot run"):
             text = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return str(text)
 
@@ -213,7 +200,7 @@ class Explainer:
         places = (ids == self.model.config.image_token_id).nonzero()[:, 0].tolist()
         if not places or places[-1] == len(ids) - 1:
             raise InputError(f"{self.name}: there is no text after the image")
-        return _words(self.processor.tokenizer, ids[places[-1] + 1 :].tolist())
+        return words_of(self.processor.tokenizer, ids[places[-1] + 1 :].tolist())
 
     def _run(self, inputs: Any) -> float:
         """Seconds of a forward pass."""
@@ -312,18 +299,11 @@ def _settings() -> Iterator[None]:
         raise InputError(re.sub(r"^(attach|prepare): |VMTCConfig(\.|: )", "", text)) from error
 
 
-def _transformers() -> tuple[Any, list[str]]:
-    """The package, and the types of models that the integration knows."""
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise InputError(
-            f'--model needs {error.name}: pip install "vmtc-kernels[transformers]"'
-        ) from error
+def _families() -> list[str]:
+    """The types of models that the integration knows."""
+    checkpoints.transformers_package()
     try:
         families: Any = importlib.import_module("vmtc_kernels.integrations.transformers._families")
     except ImportError as error:
         raise InputError(str(error)) from error
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers, list(families.FAMILIES)
+    return list(families.FAMILIES)

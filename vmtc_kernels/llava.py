@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -16,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import _modality, _registry
+from . import _modality, _registry, checkpoints
 from .config import CMAIConfig
 from .focus_mask import unpack
 from .patches import InputError
@@ -58,7 +56,9 @@ class Llava:
     """
 
     def __init__(self, source: str) -> None:
-        self.model, self.processor = _load(source)
+        self.model, self.processor = checkpoints.load(source, ["llava"], "a LLaVA model")
+        _register(importlib.import_module("transformers"))
+        self.model.set_attn_implementation({"text_config": _KEY})
         self.name = source.rstrip("/").rsplit("/", 1)[-1]
         vision = self.model.config.vision_config
         self.size, self.patch = vision.image_size, vision.patch_size
@@ -72,7 +72,7 @@ class Llava:
         those of a forward pass in which nothing is inhibited, after the rotary embedding.
         """
         index, attention = self._attention(layer)
-        with _refusals(f"{self.name} cannot run"):
+        with checkpoints.refusals(f"{self.name} cannot run"):
             inputs = self._inputs(photo, prompt)
             ids, grid = inputs["input_ids"], self.size // self.patch
             is_image = ids == self.model.config.image_token_id
@@ -93,7 +93,7 @@ class Llava:
         return Focus(
             photo=photo[: grid * self.patch, : grid * self.patch],
             grid=grid,
-            words=_words(self.processor.tokenizer, ids[0, after].tolist()),
+            words=words_of(self.processor.tokenizer, ids[0, after].tolist()),
             scores=scores.numpy(),
             inhibited=unpack(result.mask[0, 0, after], grid**2).cpu().numpy(),
             config=config,
@@ -181,7 +181,7 @@ def choose(words: list[str], token: str | None) -> int:
     return bisect_left(list(accumulate(map(len, words))), start + len(token))
 
 
-def _words(tokenizer: Any, ids: list[int]) -> list[str]:
+def words_of(tokenizer: Any, ids: list[int]) -> list[str]:
     """What each token adds to the text of those before it: a token alone may lose its space."""
 
     def decode(count: int) -> str:
@@ -194,44 +194,6 @@ def _words(tokenizer: Any, ids: list[int]) -> list[str]:
         words.append(whole[end : len(text)])
         end = max(end, len(text))
     return words
-
-
-@contextmanager
-def _refusals(what: str) -> Iterator[None]:
-    """Errors of other packages, whose causes are many, in one line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise InputError(f"{what}: {lines[0] if lines else type(error).__name__}") from error
-
-
-def _load(source: str) -> tuple[Any, Any]:
-    """The model, whose text layers keep what they attend with, and its processor."""
-    try:
-        transformers: Any = importlib.import_module("transformers")
-    except ImportError as error:
-        raise InputError(
-            f'--model needs {error.name}: pip install "vmtc-kernels[transformers]"'
-        ) from error
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with _refusals(f"cannot load {source}"):
-        kind = transformers.AutoConfig.from_pretrained(source).model_type
-        if kind != "llava":
-            raise InputError(f"--model must be a LLaVA model, {source} is of type {kind!r}")
-        processor = transformers.AutoProcessor.from_pretrained(source)
-        model, info = transformers.LlavaForConditionalGeneration.from_pretrained(
-            source, dtype="auto", output_loading_info=True
-        )
-        if info["missing_keys"]:
-            raise InputError(f"{source} lacks weights: {min(info['missing_keys'])}")
-        model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        _register(transformers)
-        model.set_attn_implementation({"text_config": _KEY})
-    return model, processor
 
 
 def _register(transformers: Any) -> None:
