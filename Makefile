@@ -103,7 +103,7 @@ interpret: $(VENV)/.extras-test  ## run the operators' tests with the Triton ker
 	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(MAX_JOBS) -p no:cacheprovider -k '$(INTERPRET_SELECT)' $(GPU_TESTS)
 
 oldest: $(OLDEST)/.installed $(VENV)/.built  ## run the tests of transformers with the oldest one supported
-	$(OLDEST)/bin/python -m pytest -q -p no:cacheprovider $(TRANSFORMERS_TESTS)
+	$(OLDEST)/bin/python -m pytest -q -n $(MAX_JOBS) -p no:cacheprovider $(TRANSFORMERS_TESTS)
 
 # what is not installed here comes from $(VENV)
 $(OLDEST)/.installed: $(VENV)/.extras-test
