@@ -178,6 +178,26 @@ def test_cmai_attention_is_focus_attention(backend: str, settings: dict[str, Any
     assert isinstance(whole, FocusAttention) and whole.scores is None
 
 
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("settings", [{}, {"decode": False}, {"prefill": False}])
+def test_cmai_paged_attention_is_attention(
+    backend: str, settings: dict[str, Any], queries: int
+) -> None:
+    """In a cache of one block for each row, whose keys lie as they are."""
+    given, config = attention_inputs(3, 2, 1, 24, 8), CMAIConfig(**settings)
+    q, k, v = given["q"][:, :, -queries:], given["k"], given["v"]
+    state = config.text_image(3, q.shape[1], 24, 12)
+    config.attention(**given, num_image=12, text_image=state)
+    expected = config.attention(q, k, v, given["modality"], 12, text_image=state.clone())
+    blocks = [x.transpose(1, 2) for x in (k, v)]
+    table = torch.arange(3, dtype=torch.int32)[:, None]
+    lengths = torch.full((3,), 24, dtype=torch.int32)
+    paged = config.paged_attention(
+        q, *blocks, table, lengths, given["modality"], 12, text_image=state
+    )
+    torch.testing.assert_close(paged, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_cmai_of_one_phase_is_plain_in_the_other(backend: str) -> None:
     given = attention_inputs(3, 2, 1, 24, 8)
     for prefill in (True, False):

@@ -70,6 +70,17 @@ def test_uniform_weights_and_another_layer(family, made):
     assert_equal_rows(run(model, processor, config, given)[0], expected)
 
 
+@pytest.mark.parametrize("features", ["keys", 0])
+@pytest.mark.parametrize("placement", ["before_projector", "after_projector"])
+def test_clusters_of_other_features(family, made, features, placement):
+    model, processor = made
+    config = VMTCConfig(**SOME, feature_layer=features, placement=placement)
+    given = photos(family)
+    inputs = processor(**given, padding=True, return_tensors="pt")
+    expected = vlm_oracle.logits(family, model, inputs, config)
+    assert_equal_rows(run(model, processor, config, given)[0], expected)
+
+
 def test_pruning_alone(family, made):
     model, processor = made
     config = VMTCConfig(num_primary=0.4, num_merged=0)
@@ -144,6 +155,49 @@ def test_layers_after_the_merge_run_on_fewer_tokens(family):
         layer.register_forward_hook(lambda m, args, out: sizes.append(args[0].shape[-2]))
     run(model, processor, VMTCConfig(**SOME, **INSIDE), photos(family))
     assert sizes[0] == sizes[1] > sizes[2] == sizes[3]
+
+
+@pytest.mark.parametrize("family", [f for f in vlm.FAMILIES if f != "llava_next"])
+def test_layers_after_the_merge_see_what_is_left(family):
+    """As if the tokens that are dropped were masked in the layers after that."""
+    model, processor = vlm.make(family, vision_layers=4)
+    core = model.model
+    inputs = processor(**photos(family), padding=True, return_tensors="pt")
+    names = ("pixel_values", "pixel_attention_mask", "image_grid_thw")
+    given = {name: inputs[name] for name in names if name in inputs}
+    if "pixel_attention_mask" in given:  # some patches are padding
+        given["pixel_attention_mask"][..., 40:, :24] = 0
+    config = VMTCConfig(num_primary=0.4, num_merged=0, **INSIDE)
+    with attach(model, processor, vmtc=config, record=True) as handle, torch.no_grad():
+        actual = core.get_image_features(**given)
+        kept = [m.rows.gather(1, m.place).flatten() for m in handle.last.merged["image"]]
+        rows = torch.cat(kept).sort().values
+    with torch.no_grad(), vlm_oracle.dropped(family, model, rows, after=1):
+        expected = core.get_image_features(**given)
+    for name in ("pooler_output", "deepstack_features"):
+        few, all_ = vlm_oracle.flat(actual, name), vlm_oracle.flat(expected, name)
+        assert len(few) == len(all_)
+        for a, e in zip(few, all_, strict=True):
+            shown = vlm_oracle.shown(family, core, rows, given)
+            torch.testing.assert_close(a, e[shown], rtol=1e-4, atol=1e-4)
+
+
+def test_features_that_are_taken_where_tokens_are_merged():
+    """Qwen3-VL's features of the layer behind which tokens become fewer are of merged tokens."""
+    model, processor = vlm.make("qwen3_vl", vision_layers=4)
+    visual = model.model.visual
+    (index,) = visual.deepstack_visual_indexes[:1]
+    inputs = processor(**photos("qwen3_vl"), padding=True, return_tensors="pt")
+    config = VMTCConfig(**SOME, placement=index, score_layer=index)
+    with attach(model, processor, vmtc=config), torch.no_grad():
+        given = inputs["pixel_values"], inputs["image_grid_thw"]
+        block = visual.blocks[index]
+        states, output = vlm_oracle.hidden_after(
+            block, lambda: model.model.get_image_features(*given)
+        )
+    with torch.no_grad():
+        expected = visual.deepstack_merger_list[0](states)
+    assert torch.equal(vlm_oracle.flat(output, "deepstack_features")[0], expected)
 
 
 def test_generation_goes_on_as_without_a_cache(family, made):

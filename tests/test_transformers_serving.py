@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import vlm  # noqa: E402
 
+from vmtc_kernels import config  # noqa: E402
 from vmtc_kernels.integrations.transformers import _paged, _paged_rotary, attach  # noqa: E402
 
 VMTC, CMAI = VMTCConfig(num_primary=0.25, num_merged=0.125), CMAIConfig(keep_ratio=0.5)
@@ -159,8 +160,8 @@ def test_decoding_requests_go_through_the_paged_operator_together(monkeypatch):
         calls.append(len(q))
         return original(q, *args, **kwargs)
 
-    original = _paged.paged_focus_attention
-    monkeypatch.setattr(_paged, "paged_focus_attention", counted)
+    original = config.paged_focus_attention
+    monkeypatch.setattr(config, "paged_focus_attention", counted)
     model, processor = vlm.make("llava")
     with attach(model, processor, cmai=CMAI) as handle, steps(model) as seen:
         given = [prompts("llava")[i] for i in (0, 2, 4)]

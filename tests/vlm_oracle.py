@@ -19,18 +19,22 @@ SPY = "vmtc_test_spy"
 @dataclass
 class Unit:
     """x: [N, D] before the projector; y: [N, D'] after it; scores: [N]; places: of the N tokens
-    among the placeholders of the prompt; aside: features of other layers, [N, D'] each."""
+    among the placeholders of the prompt; aside: features of other layers, [N, D'] each; other: what
+    is clustered instead of the tokens, [N, Df], or None."""
 
     x: torch.Tensor
     y: torch.Tensor
     scores: torch.Tensor
     places: list[int]
     aside: list[torch.Tensor]
+    other: torch.Tensor | None = None
+    tile: tuple[int, list[int]] | None = None  # LLaVA's: its number, and which of its tokens
 
 
 @contextmanager
 def recorded(model):
-    """Attention weights of each vision layer: module -> [heads, N, N] of each call and image."""
+    """Of each vision layer's attention: module -> weights [heads, N, N] of each call and image,
+    and (module, "keys") -> keys [N, heads * d], likewise."""
     weights = {}
 
     def spy(module, q, k, v, attention_mask, scaling=None, **kwargs):
@@ -39,6 +43,7 @@ def recorded(model):
             logits = logits.masked_fill(~attention_mask, -torch.inf)
         shares = logits.softmax(-1)
         weights.setdefault(module, []).extend(shares)
+        weights.setdefault((module, "keys"), []).extend(k.transpose(1, 2).flatten(2))
         return (shares.to(v.dtype) @ v).transpose(1, 2), None
 
     transformers.AttentionInterface.register(SPY, spy)
@@ -49,6 +54,71 @@ def recorded(model):
         yield weights
     finally:
         model.set_attn_implementation({"vision_config": "sdpa"})
+
+
+@contextmanager
+def dropped(family, model, rows, after):
+    """In the vision layers behind `after` no token attends to a patch of another row than these."""
+    core = model.model
+    _, attentions = encoder(family, core)
+    behind, seen = attentions[after + 1 :], {}
+    unit = 1 if family.startswith("llava") else 4
+    left = (rows[:, None] * unit + torch.arange(unit)).flatten()  # patches, unit by unit
+
+    def keys_left(module, count, length):
+        """bool [count, length] of this call."""
+        start = seen.get(module, 0)
+        seen[module] = start + count * length
+        if family.startswith("qwen"):  # one window after the other
+            return torch.isin(torch.arange(start, start + length), left)[None]
+        lead = int(family.startswith("llava"))
+        side = int((length - lead) ** 0.5)
+        order = torch.arange(length - lead)
+        if unit > 1:
+            grid = order.view(1, 1, side, side)
+            order = torch.nn.functional.pixel_unshuffle(grid, 2).flatten(2)[0].T.flatten()
+        mask = torch.zeros(count, length - lead, dtype=torch.bool)
+        for image, patch in zip((left // len(order)).tolist(), left % len(order), strict=True):
+            mask[image, order[patch]] = True
+        return torch.nn.functional.pad(mask, (lead, 0), value=True)
+
+    def spy(module, q, k, v, attention_mask, scaling=None, **kwargs):
+        logits = q @ k.transpose(2, 3) * scaling
+        if attention_mask is not None:
+            logits = logits.masked_fill(~attention_mask, -1e9)
+        if module in behind:
+            logits = logits.masked_fill(~keys_left(module, len(q), k.shape[2])[:, None, None], -1e9)
+        return (logits.softmax(-1) @ v).transpose(1, 2), None
+
+    transformers.AttentionInterface.register(SPY, spy)
+    masks = transformers.AttentionMaskInterface
+    masks.register(SPY, masks()["sdpa"])
+    model.set_attn_implementation({"vision_config": SPY})
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"vision_config": "sdpa"})
+
+
+def flat(output, name):
+    """Features of all images: one tensor, or one of each layer."""
+    features = getattr(output, name, None)
+    if features is None:
+        return []
+    layers = features if name == "deepstack_features" else [features]
+    parts = [[layer] if isinstance(layer, torch.Tensor) else list(layer) for layer in layers]
+    return [torch.cat([x.reshape(-1, x.shape[-1]) for x in part]) for part in parts]
+
+
+def shown(family, core, rows, given):
+    """Which placeholders the projector's rows are, in order."""
+    if family == "qwen2_5_vl":
+        visual = core.visual
+        order = get_vision_window_index(
+            given["image_grid_thw"], 2, visual.window_size, visual.patch_size
+        )[0]
+        rows = order[rows].sort().values
+    return rows
 
 
 def hidden_after(layer, run):
@@ -80,15 +150,53 @@ def received(weights, cls):
     return mean[0] if cls else mean.mean(0)
 
 
-def units(family, model, inputs, score_layer, cls=True):
+def encoder(family, core):
+    """The encoder's layers and, of each, its attention."""
+    if family.startswith("qwen"):
+        return core.visual.blocks, [block.attn for block in core.visual.blocks]
+    tower = core.vision_tower if family.startswith("llava") else core.vision_model
+    return tower.encoder.layers, [layer.self_attn for layer in tower.encoder.layers]
+
+
+def units(family, model, inputs, score_layer, cls=True, feature_layer=None):
     """The units of a prompt in order, and the features of all placeholders."""
+    core, states = model.model, []
+    layers, attentions = encoder(family, core)
+    read = {"llava": _llava, "qwen": _qwen}.get(family[: 5 if family.startswith("llava") else 4])
     with recorded(model) as weights, torch.no_grad():
-        core = model.model
-        if family.startswith("llava"):
-            return _llava(core, inputs, weights, score_layer, cls)
-        if family.startswith("qwen"):
-            return _qwen(core, inputs, weights, score_layer)
-        return _split(core, inputs, weights, score_layer)
+        if isinstance(feature_layer, int):
+            hook = layers[feature_layer].register_forward_hook(lambda m, a, out: states.append(out))
+        found, rows = (read or _split)(core, inputs, weights, score_layer, cls)
+        if isinstance(feature_layer, int):
+            hook.remove()
+            (states,) = states
+            states = states[0] if isinstance(states, tuple) else states
+        elif feature_layer == "keys":
+            states = weights[attentions[score_layer], "keys"]
+            states = torch.cat(states) if read is _qwen else torch.stack(states)
+    if feature_layer is not None:
+        _add_features(family, core, found, states)
+    return found, rows
+
+
+def _add_features(family, core, found, states):
+    """Hand a layer's states to the units, the patches of a token side by side."""
+    if family.startswith("qwen"):
+        rows = states.view(-1, 4 * states.shape[-1])
+        for unit, part in zip(found, rows.split([len(u.x) for u in found]), strict=True):
+            unit.other = part
+    elif family.startswith("llava"):
+        tiles = [tile[1:] for tile in states]
+        for unit in found:
+            # a tile that was cut gives what was left of it
+            tile, seen = unit.tile
+            unit.other = tiles[tile][seen]
+    else:
+        side = int(states.shape[1] ** 0.5)
+        grid = states.transpose(1, 2).unflatten(2, (side, side))
+        whole = torch.nn.functional.pixel_unshuffle(grid, core.config.scale_factor)
+        for unit, tile in zip(found, whole.flatten(2).transpose(1, 2), strict=True):
+            unit.other = tile
 
 
 def _llava(core, inputs, weights, score_layer, cls):
@@ -112,11 +220,12 @@ def _llava(core, inputs, weights, score_layer, cls):
         seen = [t for t, place in enumerate(places[tile]) if place is not None]
         if seen:
             shown = [places[tile][t] for t in seen]
-            result.append(Unit(x[tile, seen], y[tile, seen], scores[tile, seen], shown, []))
+            parts = (x[tile, seen], y[tile, seen], scores[tile, seen], shown, [])
+            result.append(Unit(*parts, tile=(tile, seen)))
     return result, rows
 
 
-def _split(core, inputs, weights, score_layer):
+def _split(core, inputs, weights, score_layer, cls):
     given = {k: inputs[k] for k in ("pixel_values", "pixel_attention_mask")}
     projector = core.connector.modality_projection
     x, (y, out) = entering(
@@ -133,7 +242,7 @@ def _split(core, inputs, weights, score_layer):
     return result, torch.cat([z.flatten(0, -2) for z in out.pooler_output])
 
 
-def _qwen(core, inputs, weights, score_layer):
+def _qwen(core, inputs, weights, score_layer, cls):
     visual, result, features = core.visual, [], []
     unit = visual.spatial_merge_size**2
     grid = inputs["image_grid_thw"]
@@ -172,7 +281,8 @@ def merge(unit, config, project):
     primary, merged = config.counts(total)
     x = unit.y if config.placement == "after_projector" else unit.x
     with vmtc_kernels.use_backend("reference"):
-        tokens, owner, _ = config.merge(x[None], unit.scores[None])
+        other = None if unit.other is None else unit.other[None]
+        tokens, owner, _ = config.merge(x[None], unit.scores[None], features=other)
     tokens = tokens[0] if config.placement == "after_projector" else project(tokens[0])
     result = {}
     for slot in range(primary + merged):
@@ -189,7 +299,7 @@ def merge(unit, config, project):
 def logits(family, model, inputs, config, score_layer=-2, cls=True):
     """What the compressed prompts, one row each, must lead to: a list of [tokens, vocabulary]."""
     core = model.model
-    kept, rows = units(family, model, inputs, score_layer, cls)
+    kept, rows = units(family, model, inputs, score_layer, cls, config.feature_layer)
 
     def project(tokens):
         if family.startswith("llava"):

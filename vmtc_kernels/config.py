@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from . import _checks, _modality
 from .focus_attention import FocusAttention, focus_attention
 from .kmeans import METRICS
 from .merge_tokens import WEIGHTINGS, MergedTokens, merge_tokens
+from .paged_focus_attention import paged_focus_attention
 from .token_importance import token_importance
 
 PLACEMENTS = ("before_projector", "after_projector")
@@ -219,20 +220,13 @@ class CMAIConfig:
         In a phase that does not inhibit it is plain attention, which keeps ``text_image`` up to
         date for the other phase.
         """
-        inhibits = self.decode if q.shape[2] == 1 else self.prefill
         return focus_attention(
             q,
             k,
             v,
             modality,
             num_image,
-            keep_ratio=self.keep_ratio,
-            threshold=self.threshold,
-            aggregate=self.aggregate,
-            head_mode=self.head_mode,
-            renormalize=self.renormalize,
-            min_keep=self.min_keep,
-            suppression=self.suppression if inhibits else 1.0,
+            **self._settings(q.shape[2]),
             scale=scale,
             text_image=text_image,
             query_positions=query_positions,
@@ -240,3 +234,44 @@ class CMAIConfig:
             return_scores=return_scores,
             return_mask=return_mask,
         )
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        modality: Tensor,
+        num_image: int,
+        *,
+        scale: float | None = None,
+        text_image: Tensor | None = None,
+        query_positions: Tensor | None = None,
+    ) -> Tensor:
+        """`paged_focus_attention` under these settings, as `attention` is `focus_attention`."""
+        return paged_focus_attention(
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            seq_lens,
+            modality,
+            num_image,
+            **self._settings(q.shape[2]),
+            scale=scale,
+            text_image=text_image,
+            query_positions=query_positions,
+        )
+
+    def _settings(self, queries: int) -> dict[str, Any]:
+        inhibits = self.decode if queries == 1 else self.prefill
+        return {
+            "keep_ratio": self.keep_ratio,
+            "threshold": self.threshold,
+            "aggregate": self.aggregate,
+            "head_mode": self.head_mode,
+            "renormalize": self.renormalize,
+            "min_keep": self.min_keep,
+            "suppression": self.suppression if inhibits else 1.0,
+        }

@@ -14,9 +14,8 @@ from ...config import CMAIConfig
 from ...focus_attention import FocusAttention
 from ._attached import Attached
 from ._families import Family
-from ._paged import PagedFocus, Step
+from ._paged import IMAGE, TEXT, PagedFocus, Step
 
-TEXT, IMAGE = 1, 2  # modality, see `focus_attention`
 # transformers has one table of attention functions for the whole process; parts of some names,
 # "sdpa" for one, mean something to it
 KEY = "vmtc_focus"
@@ -141,6 +140,8 @@ class Focus(Attached):
         if KEY not in kwargs:
             raise RuntimeError("CMAI needs a pass of the whole model, not of its language model")
         ids, mask = kwargs[KEY]
+        if isinstance(mask, dict):  # of each kind of layer, of which there is one
+            mask = mask["full_attention"]
         if paged:
             return args, {**kwargs, KEY: self.paged.begin(cache, ids, kwargs)}
         _check_not_packed(mask, cache, kwargs.get("position_ids"))
@@ -250,10 +251,8 @@ def _state_of(cache: Any) -> State | None:
     return layers[-1] if layers and isinstance(layers[-1], State) else None
 
 
-def _real(mask: Any, place: Tensor) -> Tensor:
+def _real(mask: Tensor | None, place: Tensor) -> Tensor:
     """u8, which of the new tokens are not padding: ``[B, Lq]``, or what expands to it."""
-    if isinstance(mask, dict):  # of each kind of layer
-        mask = mask["full_attention"]
     if mask is None:
         return torch.ones(1, 1, dtype=torch.uint8, device=place.device)
     if mask.dim() == 4:  # a token that is not padding sees itself
@@ -262,10 +261,8 @@ def _real(mask: Any, place: Tensor) -> Tensor:
     return mask[:, place].bool().byte()
 
 
-def _check_causal(mask: Any, modality: Tensor, place: Tensor) -> None:
+def _check_causal(mask: Tensor | None, modality: Tensor, place: Tensor) -> None:
     """That a mask of all pairs is what transformers makes of padding alone."""
-    if isinstance(mask, dict):
-        mask = mask["full_attention"]
     if mask is None or mask.dim() != 4:
         return
     seen = (mask if mask.dtype == torch.bool else mask == 0)[:, 0]
@@ -280,7 +277,7 @@ def _check_causal(mask: Any, modality: Tensor, place: Tensor) -> None:
         )
 
 
-def _check_not_packed(mask: Any, cache: Any, positions: Tensor | None) -> None:
+def _check_not_packed(mask: Tensor | None, cache: Any, positions: Tensor | None) -> None:
     """Several sequences in a row, which transformers tells by their positions."""
     if mask is not None or cache is not None or positions is None:
         return

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from ...config import CMAIConfig
-from ...paged_focus_attention import paged_focus_attention
 from ._families import Family
 from ._requests import replayed
 
@@ -275,21 +274,13 @@ class PagedFocus:
                 q, k, v, group.modality, num_image, scale=scale, text_image=text_image
             )
         else:
-            config = self.config
-            out = paged_focus_attention(
+            out = self.config.paged_attention(
                 q,
                 *pages.of(module.layer_idx),
                 group.table,
                 group.lengths,
                 group.modality,
                 num_image,
-                keep_ratio=config.keep_ratio,
-                threshold=config.threshold,
-                aggregate=config.aggregate,
-                head_mode=config.head_mode,
-                renormalize=config.renormalize,
-                min_keep=config.min_keep,
-                suppression=config.suppression if config.decode else 1.0,
                 scale=scale,
                 text_image=text_image,
             )
