@@ -14,6 +14,13 @@ from torch import Tensor
 
 from ...config import VMTCConfig
 from ._attached import Attached
+from ._checks import (
+    check_gradients,
+    check_placement,
+    check_rerun,
+    layer_of,
+    scores_by_cls,
+)
 from ._families import Family
 from ._layout import Layout
 
@@ -51,21 +58,21 @@ class Vision(Attached):
     def __init__(self, family: Family, config: VMTCConfig, encoded: Any) -> None:
         self.family, self.config, self.encoded = family, config, encoded
         self.local = threading.local()  # several threads may encode at a time
-        self.cls = _scores_by_cls(family, config)
+        self.cls = scores_by_cls(family, config)
         depth = len(family.layers)
-        self.score_layer = _layer("score_layer", config.score_layer, depth)
+        self.score_layer = layer_of("score_layer", config.score_layer, depth)
         self.hooks: list[Any] = []
         self.originals: dict[str, Any] = {}
 
         # all that may be refused comes before the first hook
         features = config.feature_layer
         if isinstance(features, int):
-            features = _layer("feature_layer", features, depth)
+            features = layer_of("feature_layer", features, depth)
         placement = config.placement
         if isinstance(placement, int):
-            placement = _layer("placement", placement, depth)
+            placement = layer_of("placement", placement, depth)
             last = features if isinstance(features, int) else self.score_layer
-            _check_placement(family, placement, max(last, self.score_layer))
+            check_placement(family, placement, max(last, self.score_layer))
 
         attention = getattr(family.layers[self.score_layer], family.attention)
         # the encoder's modules around that layer
@@ -145,14 +152,7 @@ class Vision(Attached):
                     f"{name}={given[name]} is not what the model had when it was attached, {own}:"
                     " set it in the model's configuration before attach"
                 )
-        layer = self.family.layers[0]
-        # before transformers 5.24 hooks were within what is run again
-        again = any("__call__" in vars(base) for base in type(layer).__mro__ if _checkpoints(base))
-        if isinstance(self.config.placement, int) and again and _checkpointing(layer):
-            raise NotImplementedError(
-                "gradient checkpointing of the vision encoder and VMTCConfig.placement inside it"
-                " need a newer transformers: use placement='before_projector'"
-            )
+        check_rerun(self.family, self.config)
 
     # what the hooks keep
 
@@ -193,7 +193,7 @@ class Vision(Attached):
         if self.config.feature_layer == "keys":
             features = self.family.keys(run.kept)
         scores = self.family.scores(self.config, run.kept, self.cls)
-        _check_gradients(run.kept, x)
+        check_gradients(run.kept, x)
         run.kept.clear()  # a layer's queries and keys are large
         tokens, rows = [x[layout.fixed]], [layout.fixed]
         for group in layout.groups:
@@ -350,64 +350,3 @@ def _slot(owner: Tensor, slots: int) -> Tensor:
 
 def _states(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _checkpoints(kind: type) -> bool:
-    return kind.__name__ == "GradientCheckpointingLayer"
-
-
-def _checkpointing(layer: Any) -> bool:
-    return bool(getattr(layer, "gradient_checkpointing", False) and layer.training)
-
-
-def _check_gradients(kept: Mapping[str, Any], x: Tensor) -> None:
-    """A layer that is checkpointed the old way runs without gradients at first."""
-    weights = [p for name in kept for p in _parameters(kept["attention"], name)]
-    known = any(isinstance(y, Tensor) and y.requires_grad for y in kept.values())
-    if x.requires_grad and any(p.requires_grad for p in weights) and not known:
-        raise RuntimeError(
-            "gradients through the scores would be lost: use gradient checkpointing with"
-            " use_reentrant=False, which is the default"
-        )
-
-
-def _parameters(attention: Any, name: str) -> list[Tensor]:
-    projection = getattr(attention, name, None)
-    return list(projection.parameters()) if isinstance(projection, torch.nn.Module) else []
-
-
-def _layer(name: str, index: int, depth: int) -> int:
-    if not -depth <= index < depth:
-        raise ValueError(
-            f"attach: VMTCConfig.{name} is {index}, the encoder has {depth} layers: -{depth} to"
-            f" {depth - 1}"
-        )
-    return index % depth
-
-
-def _scores_by_cls(family: Family, config: VMTCConfig) -> bool:
-    if config.score_source == "cls" and not family.has_cls:
-        raise ValueError(
-            f"attach: VMTCConfig.score_source is 'cls', but the encoder of {family.model_type} has"
-            " no [CLS]: use 'received' or 'auto'"
-        )
-    return family.has_cls and config.score_source != "received"
-
-
-def _check_placement(family: Family, layer: int, last: int) -> None:
-    if layer < last:
-        raise ValueError(
-            f"attach: VMTCConfig.placement is after layer {layer}, but scores or features are those"
-            f" of layer {last}: set score_layer and feature_layer to at most {layer}"
-        )
-    if layer >= family.last_layer:
-        raise ValueError(
-            f"attach: VMTCConfig.placement is after layer {layer}, but {family.model_type} takes"
-            f" features from the output of layer {family.last_layer}: use 'before_projector' or a"
-            " layer before that"
-        )
-    if not family.shortens:
-        raise ValueError(
-            f"attach: {family.model_type} cuts its tiles after the encoder, which must therefore"
-            " see all tokens: use VMTCConfig.placement 'before_projector' or 'after_projector'"
-        )
