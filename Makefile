@@ -11,6 +11,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 PIP_ARGS ?=
 BENCH_ARGS ?=
+GUARD_ARGS ?=
 export MAX_JOBS ?= 2
 
 PY := $(VENV)/bin/python
@@ -49,7 +50,7 @@ EMULATED_SELECT ?= cuda and not opcheck and not compiles and not exports
 .DEFAULT_GOAL := help
 # several pips at work in one environment would spoil it
 .NOTPARALLEL:
-.PHONY: help demo test lint bench wheel asan emulate interpret oldest clean
+.PHONY: help demo test lint bench guard guard-update wheel asan emulate interpret oldest clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s%s\n", $$1, $$2}' Makefile
@@ -72,6 +73,12 @@ lint: $(VENV)/.extras-dev  ## ruff, mypy and clang-format
 
 bench: $(VENV)/.extras-bench $(VENV)/.built  ## time the operators against their rivals
 	$(PY) -m bench $(BENCH_ARGS)
+
+guard: $(VENV)/.extras-test $(VENV)/.built  ## count instructions and registers; make guard-update stores them
+	$(PY) -m bench.guard --jobs $(MAX_JOBS) $(GUARD_ARGS)
+
+guard-update: $(VENV)/.extras-test $(VENV)/.built
+	$(PY) -m bench.guard --update --jobs $(MAX_JOBS) $(GUARD_ARGS)
 
 wheel: $(VENV)/.torch  ## sdist, and a wheel built from it, in dist/
 	$(PIP_INSTALL) build

@@ -8,9 +8,9 @@ call. The cost of compression is the difference to the first tokens taken withou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,12 @@ from torch.utils._pytree import tree_leaves
 import vmtc_kernels
 
 from . import gpu_timing, runner
+from .case import Case, Cost, Provider, Target, Verdict
 from .llava import SIZES, Call, First, Ours, Prompt, Stage, Variant, Watched
 from .llava_rivals import FastV, VisionZip, visionzip_loop
-from .runner import Case, Cost, Provider, Row, Target, Verdict
+from .machine import Machine, Suite
+from .packages import load
+from .runner import Effort, Notify, Result, Row
 from .timing import Clock
 
 USUAL = {"cpu": "small", "cuda": "7b"}
@@ -38,6 +41,8 @@ BUDGETS = (160, 192, 64)
 # layer to layer, 0.02 after ten layers and 0.04 after 32. Between VMTC and VisionZip: 0.28 and more
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.1}
 PLAIN, MERGED, INHIBITED, LEAST = "unmodified", "VMTC", "VMTC + CMAI", "as many tokens"
+# too small for what the aims are about
+TOYS = ("tiny",)
 # words around the image: about LLaVA's template and a short question
 BEFORE, AFTER = 35, 29
 
@@ -61,24 +66,15 @@ class Setup:
         return self.tokens * 576 == self.of * BUDGETS[0]
 
 
-@dataclass
-class Result(runner.Result):
-    """``facts``: what there is to say besides the time to the first token, of the model and, under
-    ``rows``, of each provider that was timed."""
-
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
 class Meter:
     """Times a `Call` to its first token; the variant is put in place before the clock starts."""
 
-    def __init__(self, device: str) -> None:
-        cuda = device == "cuda"
-        self.notices_company = not cuda
-        settle = 0.0 if cuda else runner.CPU.clock.settle
+    def __init__(self, gpu: bool) -> None:
+        self.notices_company = not gpu
+        settle = 0.0 if gpu else runner.CPU.clock.settle
         # no sample is too short, as each is a single answer
         self.clock = Clock(lambda call, _: call.sample(), settle=settle, sample=0.0)
-        self.memory: runner.Meter = gpu_timing.GpuMeter() if cuda else runner.CPU
+        self.memory: runner.Meter = gpu_timing.GpuMeter() if gpu else runner.CPU
 
     def prepare(self, provider: Provider) -> tuple[Any, int]:
         return provider.run, 1
@@ -90,89 +86,120 @@ class Meter:
         return self.memory.peak_workspace(call)
 
 
-class Suite:
-    """As the suites of operators are: ``SETUPS``, of which each runs to a `Result`."""
+def suite(size: str = "") -> Suite:
+    """size: a name in `SIZES`; else what is usual on the machine."""
+    stages: dict[str, Stage] = {}
 
-    def __init__(self, device: str, size: str = "") -> None:
+    def setups(machine: Machine) -> list[Setup]:
+        device = "cuda" if machine.gpu else "cpu"
         name = size or USUAL[device]
-        self.size, self.device = SIZES[name], device
-        grid = self.size.grid
-        self.SETUPS = [
+        grid = SIZES[name].grid
+        return [
             Setup(name, batch, grid * budget // 576, grid, DTYPES[device])
             for budget in BUDGETS
             for batch in BATCHES[device]
         ]
-        self._stage: Stage | None = None
 
-    def run(self, setup: Setup, quick: bool) -> Result:
-        if self._stage is None:
-            self._stage = Stage(self.size, self.device, getattr(torch, setup.dtype))
-        stage, meter = self._stage, Meter(self.device)
-        repetitions, decodes = EFFORT[self.device, quick]
-        # the sample that tells how long one takes is no part of the rounds
-        case = self.case(stage, setup, decodes + 1)
-        calls: dict[str, Call] = {provider.name: provider.run for provider in case.providers}
-        timed = runner.run_case(case, repetitions=repetitions, seconds=3600.0, meter=meter)
-        result = Result(**vars(timed))
-        words = setup.before + setup.after
-        result.facts = {
-            "weights_bytes": _weights(stage),
-            "flops": self.size.flops(setup.of, words),
-            "encoder_share": {
-                name: encoder_share(size.flops(size.grid, words)) for name, size in SIZES.items()
-            },
-            "rows": {
-                row.name: _facts(calls[row.name], row, result.rows, meter, setup)
-                for row in result.rows
-                if row.ms
-            },
-        }
-        if self.device == "cuda" and setup.judged:
-            result.targets.append(_within(result, INHIBITED, MERGED, 1.05))
-        stage.clear()
-        return result
+    def stage(setup: Setup, machine: Machine) -> Stage:
+        if setup.size not in stages:
+            model = SIZES[setup.size], machine.device, getattr(torch, setup.dtype)
+            stages[setup.size] = Stage(*model)
+        return stages[setup.size]
 
-    def case(self, stage: Stage, setup: Setup, decodes: int) -> Case:
-        size, tokens = self.size, setup.tokens
-        prompt = Prompt(setup.B, setup.before, setup.after)
-        variants: list[Variant] = [
-            Ours(MERGED, size, tokens, stage.processor, inhibits=False),
-            Ours(INHIBITED, size, tokens, stage.processor, inhibits=True),
-            Variant(PLAIN, size, setup.of),
-            VisionZip("VisionZip", size, tokens),
-            FastV("FastV", size, tokens, setup.before),
-            First(LEAST, size, tokens),
-        ]
-        providers = []
-        for variant in variants:
-            call = Call(stage, variant, prompt, setup.new_tokens, decodes)
-            expected = None
-            if isinstance(variant, Ours):
-                with vmtc_kernels.use_backend("reference"):
-                    expected = call().logits[0]
-            judge = partial(verdict, variant=variant, setup=setup, expected=expected)
-            providers.append(Provider(variant.name, variant.kind, variant.scope, call, judge))
-        width, depth = size.text[:2]
-        length = tokens + prompt.words
-        itemsize = getattr(torch, setup.dtype).itemsize
-        targets = [Target("rival", 2.0 if self.device == "cpu" else 2.5, named=PLAIN)]
-        if self.device == "cuda":
-            targets = targets * (setup.B == 8) + [Target("floor", 1.01)]
-        return Case(
-            suite="llava",
-            params=asdict(setup),
-            images=setup.B,
-            cost=Cost(
-                bytes=_weights(stage) + 2 * setup.B * depth * length * width * itemsize,
-                flops=setup.B * sum(size.flops(tokens, prompt.words).values()),
-            ),
-            providers=providers,
-            targets=targets if setup.judged else [],
+    return Suite(
+        "llava",
+        setups,
+        lambda machine: {},
+        lambda setup, machine: case(setup, machine, stage(setup, machine)),
+        lambda setup, machine, effort, notify: run(
+            setup, machine, stage(setup, machine), effort.quick, notify
+        ),
+    )
+
+
+def run(
+    setup: Setup, machine: Machine, stage: Stage, quick: bool, notify: Notify = runner.silent
+) -> Result:
+    """The case, and ``facts``: what there is to say besides the time to the first token, of the
+    model and, under ``rows``, of each provider that was timed."""
+    meter = Meter(machine.gpu)
+    repetitions, decodes = EFFORT["cuda" if machine.gpu else "cpu", quick]
+    # the sample that tells how long one takes is no part of the rounds
+    declared = case(setup, machine, stage, decodes + 1)
+    calls: dict[str, Call] = {provider.name: provider.run for provider in declared.providers}
+    result = runner.run_case(declared, Effort(repetitions, 3600.0), meter, notify)
+    words = setup.before + setup.after
+    result.facts = {
+        "weights_bytes": _weights(setup),
+        "flops": SIZES[setup.size].flops(setup.of, words),
+        "encoder_share": {
+            name: encoder_share(size.flops(size.grid, words)) for name, size in SIZES.items()
+        },
+        "rows": {
+            row.name: _facts(calls[row.name], row, result.rows, meter, setup)
+            for row in result.rows
+            if row.ms
+        },
+    }
+    if machine.gpu and declared.targets:
+        result.targets.append(_within(result, INHIBITED, MERGED, 1.05))
+    stage.clear()
+    return result
+
+
+def case(setup: Setup, machine: Machine, stage: Stage, decodes: int = 1) -> Case:
+    size, tokens = SIZES[setup.size], setup.tokens
+    prompt = Prompt(setup.B, setup.before, setup.after)
+    variants: list[Variant] = [
+        Ours(MERGED, size, tokens, stage, inhibits=False),
+        Ours(INHIBITED, size, tokens, stage, inhibits=True),
+        Variant(PLAIN, size, setup.of),
+        VisionZip("VisionZip", size, tokens),
+        FastV("FastV", size, tokens, setup.before),
+        First(LEAST, size, tokens),
+    ]
+    _, missing = load("transformers", "transformers")
+    providers = []
+    for variant in variants:
+        call = Call(stage, variant, prompt, setup.new_tokens, decodes)
+        judge = _judge(call, setup)
+        # its cache is told beside the peak
+        providers.append(
+            Provider(variant.name, variant.kind, variant.scope, call, judge, missing, traced=False)
         )
+    width, depth = size.text[:2]
+    length = tokens + prompt.words
+    itemsize = getattr(torch, setup.dtype).itemsize
+    targets = [Target("rival", 2.5 if machine.gpu else 2.0, named=PLAIN)]
+    if machine.gpu:
+        targets = targets * (setup.B == 8) + [Target("floor", 1.01)]
+    return Case(
+        suite="llava",
+        params=asdict(setup),
+        images=setup.B,
+        cost=Cost(
+            bytes=_weights(setup) + 2 * setup.B * depth * length * width * itemsize,
+            flops=setup.B * sum(size.flops(tokens, prompt.words).values()),
+        ),
+        providers=providers,
+        targets=targets if setup.judged and setup.size not in TOYS else [],
+    )
 
 
-def _weights(stage: Stage) -> int:
-    return sum(p.nbytes for p in stage.model.parameters())
+def _judge(call: Call, setup: Setup) -> Callable[[Any], Verdict]:
+    @cache
+    def expected() -> Tensor | None:
+        if not isinstance(call.variant, Ours):
+            return None
+        with vmtc_kernels.use_backend("reference"):
+            logits: Tensor = call().logits[0]
+        return logits
+
+    return lambda outcome: verdict(outcome, call.variant, setup, expected())
+
+
+def _weights(setup: Setup) -> int:
+    return SIZES[setup.size].parameters * getattr(torch, setup.dtype).itemsize
 
 
 def encoder_share(flops: dict[str, int]) -> float:
@@ -224,6 +251,7 @@ def _facts(call: Call, row: Row, rows: list[Row], meter: Meter, setup: Setup) ->
     held: list[int] = []
     # the call keeps no tensor, so that its cache is part of the peak
     peak = meter.peak_workspace(lambda: held.append(cache_bytes(call())))
+    row.peak_bytes = peak
     facts: dict[str, Any] = {
         "decode_ms": {**_spread(steps), "samples": steps},
         "tokens_per_second": 1e3 * setup.B / float(np.median(steps)),

@@ -1,13 +1,13 @@
-"""K-means on gathered tokens by other libraries, and the gate that every clustering must pass.
+"""K-means of gathered tokens: what every clustering must reach, and the task that rivals get.
 
 All start from the same seeds and run as many rounds as `vmtc_kernels.kmeans`.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from torch.nn.functional import one_hot
 
 import vmtc_kernels
 
-from . import alone
-from .runner import Provider, Verdict
+from .case import CLUSTERS, Provider, Verdict
+from .machine import Machine, Sets, spread
 
 # a label may differ where the token is this much farther from the other centroid, relatively, ...
 NEAR_TIE = 1e-3
@@ -50,11 +50,6 @@ class Problem:
             )
         return cls(x, clusters, iterations, final.labels.long(), last.centroids, metric)
 
-    @property
-    def seeds(self) -> Tensor:
-        """[B, K, D]"""
-        return self.x[:, seed_ranks(self.x, self.clusters)]
-
     def objective(self, labels: Tensor) -> Tensor:
         """[B]: the sum of the distances to the cluster means."""
         member = one_hot(labels, self.clusters).double()
@@ -68,13 +63,16 @@ class Problem:
 
     def _distances(self, f: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
         """[B, R]: of each token from the centroid of its label."""
-        rows = _rows(centroids, labels)
+        rows = centroids.gather(1, labels[..., None].expand(-1, -1, centroids.shape[2]))
         if self.metric == "cosine":
             return 1 - torch.nn.functional.cosine_similarity(f, rows, dim=-1)
         return (f - rows).square().sum(-1)
 
-    def judge(self, labels: Tensor, *, same_labels: bool) -> Verdict:
-        """same_labels: the provider breaks no tie and fills no cluster in its own way."""
+    def judge(self, labels: Tensor, *, same_labels: bool, objective: float = OBJECTIVE) -> Verdict:
+        """same_labels: the provider breaks no tie and fills no cluster in its own way.
+
+        objective: by how much the reference's may be missed, relatively, on any image.
+        """
         labels = labels.long()
         if (
             labels.shape != self.labels.shape
@@ -85,7 +83,7 @@ class Problem:
         worst = float(excess[excess.abs().argmax()])
         differing = int((labels != self.labels).sum())
         detail = f"{differing} of {labels.numel()} labels differ, objective {worst:+.2%}"
-        ok = abs(worst) <= OBJECTIVE
+        ok = abs(worst) <= objective
         if same_labels:
             ok &= differing <= DIFFERING * labels.numel() and self._tie(labels) <= NEAR_TIE
         return Verdict(ok, detail)
@@ -99,127 +97,63 @@ class Problem:
         return float((got / expected - 1).where(labels != self.labels, 0).max())
 
 
+@dataclass(frozen=True)
+class Task:
+    """K-means of tokens [B, R, D], one tensor for each set of inputs, judged on at most ``most``
+    images of the first."""
+
+    sets: Sets[Tensor]
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    clusters: int
+    iterations: int
+    metric: str
+    machine: Machine
+    most: int
+
+    @cached_property
+    def judged(self) -> Tensor:
+        """The images of the first set that ``problem`` knows the answer of."""
+        return spread(self.shape[0], self.most).to(self.machine.device)
+
+    @cached_property
+    def problem(self) -> Problem:
+        some = self.sets.first[self.judged]
+        return Problem.of(some, self.clusters, self.iterations, self.metric)
+
+    def seeds(self, x: Tensor) -> Tensor:
+        """[B, K, D]: the tokens of x [B, R, D] that the clusters start from."""
+        return x[:, seed_ranks(x, self.clusters)].contiguous()
+
+    def judge(self, labels: Tensor, **options: Any) -> Verdict:
+        """labels: [B, R] of the first set."""
+        return self.problem.judge(labels[self.judged], **options)
+
+    def provider(
+        self,
+        name: str,
+        run: Callable[[Tensor], Any],
+        *,
+        verify: Callable[[Any], Verdict] | None = None,
+        same_labels: bool = False,
+        scope: str = CLUSTERS,
+        **options: Any,
+    ) -> Provider:
+        """run: tokens [B, R, D] -> what ``verify`` judges; without it, labels [B, R]."""
+        first, *others = self.sets.calls(run)
+        judge = verify or (lambda labels: self.judge(labels, same_labels=same_labels))
+        return Provider(name, "rival", scope, first, judge, others=tuple(others), **options)
+
+
 def seed_ranks(x: Tensor, clusters: int) -> Tensor:
     """[K]: the ranks of the tokens of x [B, R, D] that the clusters start from."""
     steps = torch.arange(clusters, device=x.device)
     return (2 * steps + 1) * x.shape[1] // (2 * clusters)
 
 
-def _rows(table: Tensor, labels: Tensor) -> Tensor:
-    """table [B, K, D], labels [B, R] -> [B, R, D]"""
-    return table.gather(1, labels[..., None].expand(-1, -1, table.shape[2]))
-
-
-def rivals(problem: Problem) -> list[Provider]:
-    return [
-        _faiss(problem),
-        _sklearn(problem),
-        _torch(problem, "torch Gram", torch_gram),
-        _torch(problem, "torch direct", torch_direct),
-        _fast_pytorch_kmeans(problem),
-    ]
-
-
-def torch_gram(x: Tensor, seeds: int, iterations: int) -> Tensor:
-    """Labels from inner products alone: with G = X X' and one-hot labels, S = G onehot holds every
-    x_i . sum(cluster k), and the squared distance is G_ii - 2 S_ik / n_k + T_k / n_k^2 with
-    T_k = sum of S_ik over the members; G_ii does not change which k is nearest."""
-    gram = torch.bmm(x, x.mT)
-    ranks = seed_ranks(x, seeds)
-    norms = gram.diagonal(dim1=1, dim2=2)
-    labels = (norms[:, ranks][:, None] - 2 * gram[:, :, ranks]).argmin(-1)
-    for _ in range(iterations):
-        member = one_hot(labels, seeds).float()
-        count = member.sum(1, keepdim=True).clamp(min=1)
-        inner = torch.bmm(gram, member)
-        square = (inner * member).sum(1, keepdim=True)
-        former, labels = labels, (square / count**2 - 2 * inner / count).argmin(-1)
-        if torch.equal(labels, former):
-            break
-    return labels
-
-
-def torch_direct(x: Tensor, seeds: int, iterations: int) -> Tensor:
-    """Labels by Lloyd's algorithm as one writes it down: a GEMM to assign, a GEMM to average."""
-    centroids = x[:, seed_ranks(x, seeds)]
-    labels = _nearest(x, centroids)
-    for _ in range(iterations):
-        member = one_hot(labels, seeds).float()
-        count = member.sum(1)[..., None].clamp(min=1)
-        former, labels = labels, _nearest(x, torch.bmm(member.mT, x) / count)
-        if torch.equal(labels, former):
-            break
-    return labels
-
-
-def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
-    norms = centroids.square().sum(-1)[:, None]
-    return torch.baddbmm(norms, x, centroids.mT, alpha=-2).argmin(-1)
-
-
-def _torch(problem: Problem, name: str, labels: Callable[[Tensor, int, int], Tensor]) -> Provider:
-    return Provider(
-        name,
-        "rival",
-        "clustering alone",
-        lambda: labels(problem.x, problem.clusters, problem.iterations),
-        lambda result: problem.judge(result, same_labels=True),
-    )
-
-
-def _faiss(problem: Problem) -> Provider:
-    _, missing = load("faiss", "faiss-cpu")
-    # a process starts with its first call
-    process = alone.process(problem.x.numpy(), problem.seeds.numpy(), problem.iterations)
-
-    def run() -> None:
-        process.submit(alone.train).result()
-
-    # training ends with centroids: their labels are the gate's business and not timed
-    def verify(_: None) -> Verdict:
-        labels = [torch.from_numpy(image) for image in process.submit(alone.labels).result()]
-        return problem.judge(torch.stack(labels), same_labels=False)
-
-    return Provider("faiss", "rival", "clustering alone", run, verify, missing)
-
-
-def _sklearn(problem: Problem) -> Provider:
-    cluster, missing = load("sklearn.cluster", "scikit-learn")
-    images, seeds = problem.x.numpy(), problem.seeds.numpy()
-
-    def run() -> list[Any]:
-        return [
-            cluster.KMeans(
-                problem.clusters, init=init, n_init=1, max_iter=problem.iterations, tol=0
-            ).fit(x)
-            for x, init in zip(images, seeds, strict=True)
-        ]
-
-    def verify(models: list[Any]) -> Verdict:
-        labels = torch.stack([torch.from_numpy(model.labels_) for model in models])
-        return problem.judge(labels, same_labels=False)
-
-    return Provider("scikit-learn", "rival", "clustering alone", run, verify, missing)
-
-
-def _fast_pytorch_kmeans(problem: Problem) -> Provider:
-    module, missing = load("fast_pytorch_kmeans", "fast-pytorch-kmeans")
-
-    def run() -> Any:
-        model = module.MultiKMeans(problem.clusters, max_iter=problem.iterations, tol=-1)
-        model.fit_predict(problem.x, centroids=problem.seeds)
-        return model
-
-    # the labels that it returns are older than its centroids
-    def verify(model: Any) -> Verdict:
-        return problem.judge(model.predict(problem.x), same_labels=False)
-
-    return Provider("fast-pytorch-kmeans", "rival", "clustering alone", run, verify, missing)
-
-
-def load(module: str, package: str) -> tuple[Any, str | None]:
-    """The module, or None and why it is missing."""
-    try:
-        return importlib.import_module(module), None
-    except ImportError as error:
-        return None, f"{package} does not import: {error}"
+def flops(tokens: int, clusters: int, iterations: int, features: int) -> int:
+    """Of one image by the cheaper of the two exact forms, no distance skipped: all pairs of tokens
+    once, or each token with each centroid in each round."""
+    pairs = tokens * (tokens + 1) * features
+    rounds = (2 * (iterations + 1) * clusters + iterations) * tokens * features
+    return min(pairs, rounds)

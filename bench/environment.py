@@ -22,9 +22,11 @@ import torch
 import vmtc_kernels
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "numpy", "scipy", "faiss-cpu", "scikit-learn", "fast-pytorch-kmeans")
-PACKAGES += ("transformers",)
-GPU_PACKAGES = ("torch", "triton", "numpy", "flash-kmeans", "flash-colsum", "transformers")
+# with the sources beside it, and not installed somewhere
+CHECKOUT = (ROOT / "csrc").is_dir()
+PACKAGES = ("torch", "triton", "numpy", "scipy", "transformers")
+RIVALS = ("faiss-cpu", "scikit-learn", "fast-pytorch-kmeans", "fastkmeans", "flash-kmeans")
+RIVALS += ("flash-colsum", "flash-attn", "flashinfer-python")
 # settings that change the speed of a numerical library
 _TELLING = re.compile(
     r"^(OMP|OPENBLAS|MKL|KMP|GOMP|ATEN|ONEDNN|DNNL|TORCH|VMTC|CUDA|CUBLAS|PYTORCH|TRITON|NVIDIA)_"
@@ -88,7 +90,7 @@ def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
     revision = _git("rev-parse", "--short=12", "HEAD")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "command": command(),
         "commit": revision or os.environ.get("COMMIT") or "unknown",
         "dirty": bool(_git("status", "--porcelain")) if revision else None,
         "device": device,
@@ -96,17 +98,24 @@ def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
         "cpu": cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
+        "clocks_mhz": clocks(),
         "threads": threads,
         "thread_pools": [_pool(pool) for pool in threadpoolctl.threadpool_info()],
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
             "vmtc_kernels": vmtc_kernels.__version__,
-            **{name: _version(name) for name in (GPU_PACKAGES if device == "cuda" else PACKAGES)},
+            **{name: _version(name) for name in PACKAGES + RIVALS},
         },
         "backends": vmtc_kernels.available_backends(),
         "variables": {k: v for k, v in sorted(os.environ.items()) if _TELLING.match(k)},
     }
+
+
+def command() -> str:
+    program, arguments = Path(sys.argv[0]), sys.argv[1:]
+    module = program.name == "__main__.py"
+    return " ".join([f"python -m {program.parent.name}" if module else program.name, *arguments])
 
 
 def gpu() -> dict[str, Any]:
@@ -135,17 +144,28 @@ def gpu_state() -> dict[str, str]:
 
 
 def cpu_model() -> str:
+    named = _cpuinfo("model name")
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def clocks() -> list[float]:
+    """MHz of each processor as this is called; empty where unknown."""
+    return [float(mhz) for mhz in _cpuinfo("cpu MHz")]
+
+
+def _cpuinfo(key: str) -> list[str]:
     info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else None
-    return named[1].strip() if named else platform.processor() or platform.machine()
+    if not info.exists():
+        return []
+    return re.findall(rf"^{key}\s*:\s*(.+?)\s*$", info.read_text(), re.M)
 
 
-def result_path(environment: dict[str, Any]) -> Path:
-    """bench/results/<device>-<commit>[-dirty].json"""
+def result_name(environment: dict[str, Any]) -> str:
+    """<device>-<commit>[-dirty].json"""
     named = environment["gpu"]["name"] if "gpu" in environment else environment["cpu"]
     device = re.sub(r"[^a-z0-9]+", "-", named.lower()).strip("-")
     dirty = "-dirty" if environment["dirty"] else ""
-    return ROOT / "bench" / "results" / f"{device}-{environment['commit']}{dirty}.json"
+    return f"{device}-{environment['commit']}{dirty}.json"
 
 
 def _pool(pool: dict[str, Any]) -> str:
@@ -164,8 +184,8 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    """The answer of git, empty where there is no repository or no git."""
-    return _answer("git", *arguments)
+    """The answer of git, empty where there is no repository of ours or no git."""
+    return _answer("git", *arguments) if CHECKOUT else ""
 
 
 def _answer(*command: str) -> str:

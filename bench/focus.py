@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import vmtc_kernels
 from vmtc_kernels.focus_mask import unpack
 
-from .runner import Cost, Verdict
+from .case import Cost, Verdict
 
 
 @dataclass(frozen=True)

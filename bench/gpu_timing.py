@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .runner import Provider
+from .case import Provider
 from .timing import Clock
 
 Call = Callable[[], Any]
@@ -98,13 +98,15 @@ class GpuMeter:
     # what other processes do on the host does not slow a graph
     notices_company = False
 
-    def __init__(self, device: Device | None = None) -> None:
+    def __init__(self, device: Device | None = None, eager: bool = False) -> None:
+        """eager: launch every provider call by call, as most models are."""
         self.device: Device = device or Cuda()
+        self.eager = eager
         self.clock = Clock(self.device.measure, settle=0.0, sample=5e-3)
 
     def prepare(self, provider: Provider) -> tuple[Call, int]:
         calls = (provider.run, *provider.others)
-        if provider.launch == "graph":
+        if provider.launch == "graph" and not self.eager:
             return self.device.capture(calls), len(calls)
 
         def every() -> None:
@@ -126,29 +128,3 @@ class GpuMeter:
 
     def peak_workspace(self, call: Call) -> int:
         return self.device.peak(call)
-
-
-def ceilings(device: Device | None = None, kind: str = "cuda", scale: int = 8192) -> dict[str, Any]:
-    """What this device reaches on a copy (bytes read and written) and on a matrix product.
-
-    Random data: products of zeros were seen to run faster. scale: rows of the matrices.
-    """
-    meter = GpuMeter(device)
-    source = torch.empty(8 * scale, scale, dtype=torch.bfloat16, device=kind).normal_()
-    target = torch.empty_like(source)
-    a, b = (source[i * scale : (i + 1) * scale] for i in range(2))
-    seconds = {
-        name: _best(meter, call)
-        for name, call in (("copy", lambda: target.copy_(source)), ("gemm", lambda: a @ b))
-    }
-    return {
-        "copy_bytes_per_s": 2 * source.nbytes / seconds["copy"],
-        "bfloat16_flops_per_s": 2 * scale**3 / seconds["gemm"],
-    }
-
-
-def _best(meter: GpuMeter, call: Call) -> float:
-    """The median of nine samples of ten calls."""
-    for _ in range(WARM_UP):
-        call()
-    return sorted(meter.clock.measure(call, 10) for _ in range(9))[4]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from vmtc_kernels import CMAIConfig, VMTCConfig
 
-from .runner import Kind
+from .case import Kind
 
 PATCH = 14
 PAD, IMAGE, WORDS = 0, 1, 2  # ids of the vocabulary; words are all others
@@ -34,6 +35,17 @@ class Size:
     def grid(self) -> int:
         """Visual tokens of an image."""
         return (self.image // PATCH) ** 2
+
+    @property
+    def parameters(self) -> int:
+        """Weights of encoder, projector and language model."""
+        width, layers, _, inner = self.vision
+        block = 4 * width * (width + 1) + 2 * width * inner + inner + width + 4 * width
+        encoder = layers * block + 3 * PATCH**2 * width + (self.grid + 2) * width + 4 * width
+        features, depth, _, gated = self.text
+        projector = features * (width + features + 2)
+        language = depth * (4 * features**2 + 3 * features * gated + 2 * features) + features
+        return encoder + projector + language + 2 * features * self.vocabulary
 
     def flops(self, tokens: int, words: int) -> dict[str, int]:
         """Of one image with ``tokens`` visual tokens left before the projector, up to the first
@@ -190,13 +202,13 @@ class Ours(Variant):
     kind: Kind = "ours"
     scope = "selects and merges"
 
-    def __init__(self, name: str, size: Size, tokens: int, processor: Any, inhibits: bool) -> None:
+    def __init__(self, name: str, size: Size, tokens: int, stage: Stage, inhibits: bool) -> None:
         super().__init__(name, size, tokens)
         self.placeholders = size.grid  # until the handle takes some away
         primary = tokens * 4 // 5
         self.vmtc = VMTCConfig(num_primary=primary, num_merged=tokens - primary)
         self.cmai = CMAIConfig() if inhibits else None
-        self.processor = processor
+        self.stage = stage
         self.handle: Any = None
         if inhibits:
             self.scope += ", inhibits"
@@ -204,7 +216,7 @@ class Ours(Variant):
     def enter(self, model: Any, stack: ExitStack) -> None:
         from vmtc_kernels.integrations.transformers import attach
 
-        self.handle = attach(model, self.processor, vmtc=self.vmtc, cmai=self.cmai)
+        self.handle = attach(model, self.stage.processor, vmtc=self.vmtc, cmai=self.cmai)
         stack.callback(self.handle.detach)
 
 
@@ -225,13 +237,24 @@ class First(Variant):
 
 
 class Stage:
-    """A model in which one variant at a time is in place."""
+    """A model, built when it is needed, in which one variant at a time is in place."""
 
     def __init__(self, size: Size, device: str, dtype: torch.dtype) -> None:
-        self.size, self.device = size, device
-        self.model, self.processor = build(size, device, dtype)
+        self.size, self.device, self.dtype = size, device, dtype
         self._stack = ExitStack()
         self._active: Variant | None = None
+
+    @cached_property
+    def _built(self) -> tuple[Any, Any]:
+        return build(self.size, self.device, self.dtype)
+
+    @property
+    def model(self) -> Any:
+        return self._built[0]
+
+    @property
+    def processor(self) -> Any:
+        return self._built[1]
 
     def put(self, variant: Variant) -> None:
         if self._active is not variant:
@@ -263,34 +286,39 @@ class Call:
     def __init__(
         self, stage: Stage, variant: Variant, prompt: Prompt, new_tokens: int, decodes: int
     ) -> None:
-        self.stage, self.variant = stage, variant
-        self.inputs = stage.inputs(variant, prompt)
+        self.stage, self.variant, self.prompt = stage, variant, prompt
         self.new_tokens, self.decodes = new_tokens, decodes
         self.steps: list[float] = []
 
+    @cached_property
+    def inputs(self) -> Any:
+        return self.stage.inputs(self.variant, self.prompt)
+
     def __call__(self) -> Any:
         """One token, with its logits and the cache."""
+        inputs = self.inputs
         self.stage.put(self.variant)
-        return self._generate(1, return_dict_in_generate=True, output_logits=True)
+        return self._generate(inputs, 1, return_dict_in_generate=True, output_logits=True)
 
     def sample(self) -> float:
         """Seconds until the first token is on the host; putting the variant in place is none."""
+        inputs = self.inputs
         self.stage.put(self.variant)
         goes_on = len(self.steps) < self.decodes
         seen = Seen()
         if self.stage.device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        self._generate(self.new_tokens if goes_on else 1, streamer=seen)
+        self._generate(inputs, self.new_tokens if goes_on else 1, streamer=seen)
         # what comes first is the prompt
         _, first, *later = seen.times
         if goes_on:
             self.steps.append((later[-1] - first) / len(later))
         return first - start
 
-    def _generate(self, count: int, **options: Any) -> Any:
+    def _generate(self, inputs: Any, count: int, **options: Any) -> Any:
         return self.stage.model.generate(
-            **self.inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, **options
+            **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, **options
         )
 
 

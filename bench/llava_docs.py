@@ -1,44 +1,24 @@
-"""``python -m bench.llava_docs JSON``: put the tables of a kept run into docs/benchmarks.md."""
+"""What the docs say of a whole model: tables, and the README's sentence."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from .bench_llava import PLAIN
-from .environment import QUIET, ROOT
+from .bench_llava import INHIBITED, MERGED, PLAIN
 from .llava import SIZES
 from .llava_rivals import FastV
-from .report import headline
-
-BEGIN, END = "<!-- llava:begin -->\n", "<!-- llava:end -->\n"
+from .record import Run
 
 
-def main(path: Path, page: Path = ROOT / "docs" / "benchmarks.md") -> None:
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        sys.exit(f"{page} has no place for the tables: lines {BEGIN.strip()} and {END.strip()}")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(before + BEGIN + section(path) + END + after)
-
-
-def section(path: Path) -> str:
-    """Markdown of a run: what was measured where, and a table for each number of images."""
-    record = json.loads(path.read_text())
-    environment = record["environment"]
-    results = [r for r in record["results"] if r["suite"] == "llava" and "rows" in r]
-    disturbed = [r["params"] for r in results if (r["others_busy"] or 0) > QUIET]
-    if disturbed or environment["dirty"]:
-        sys.exit(f"{path} is not for the docs: dirty tree {environment['dirty']}, {disturbed=}")
+def section(run: Run) -> str:
+    """Markdown of a run: what was measured, and a table for each number of images."""
+    results = _results(run)
     params, facts = results[0]["params"], results[0]["facts"]
     own, real = (facts["encoder_share"][name] for name in (params["size"], "7b"))
     depth, deep = (SIZES[name].text[1] for name in (params["size"], "7b"))
     lines = [
-        f"{headline(environment)}, transformers {environment['versions']['transformers']}:"
-        f" [{path.name}](../{path.resolve().relative_to(ROOT)}). LLaVA-1.5 of size"
+        f"transformers {run.environment['versions']['transformers']}; LLaVA-1.5 of size"
         f" {params['size']}, {params['dtype']}, random weights"
         f" ({facts['weights_bytes'] / 2**30:.2f} GiB); the encoder does {own:.1%} of the products"
         f" up to the first token of an unmodified answer (7b: {real:.1%}). Prompts of"
@@ -55,9 +35,42 @@ def section(path: Path) -> str:
     return "\n".join(lines)
 
 
+def sentence(run: Run) -> str:
+    """What fewer tokens give, of the number that the aims are about."""
+    judged = [r for r in _results(run) if r["targets"]]
+    params, facts = judged[0]["params"], judged[0]["facts"]["rows"]
+    parts = ", ".join(
+        f"{faster(result, MERGED):.1f} times sooner for {images(result['params']['B'])}"
+        f" ({faster(result, INHIBITED):.1f} with CMAI on top)"
+        for result in judged
+    )
+    merged, inhibited = (
+        facts[name]["cache_bytes"] / facts[PLAIN]["cache_bytes"] for name in (MERGED, INHIBITED)
+    )
+    return (
+        f"With {params['tokens']} of {params['of']} tokens a LLaVA-1.5 of size {params['size']} and"
+        f" random weights gives its first token {parts}, and its cache shrinks to {merged:.0%}"
+        f" ({inhibited:.0%} with CMAI's state)"
+    )
+
+
+def faster(result: dict[str, Any], name: str) -> float:
+    """Of the median time to the first token, against the unmodified model."""
+    ms = {row["name"]: row["ms"]["median"] for row in result["rows"] if row["ms"]}
+    return float(ms[PLAIN] / ms[name])
+
+
+def images(count: int) -> str:
+    return "one image" if count == 1 else f"{count} images"
+
+
+def _results(run: Run) -> Sequence[dict[str, Any]]:
+    return [r for r in run.results if r["suite"] == "llava" and "rows" in r]
+
+
 def _table(batch: int, results: list[dict[str, Any]]) -> list[str]:
     lines = [
-        f"**{batch} {'image' if batch == 1 else 'images'}**",
+        f"**{images(batch).capitalize()}**",
         "",
         "| visual tokens | | first token, ms | faster | above as many tokens | operators, ms |"
         " tokens/s | cache, MiB | peak, MiB |",
@@ -88,7 +101,3 @@ def _line(row: dict[str, Any], plain: dict[str, Any], result: dict[str, Any], ba
         f"{facts['peak_bytes'] / 2**20:.0f}",
     ]
     return "| " + " | ".join(cells) + " |"
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

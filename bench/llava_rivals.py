@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from .case import Kind
 from .llava import First, Size, Variant
-from .runner import Kind
 
 
 class VisionZip(First):

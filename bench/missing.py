@@ -18,6 +18,7 @@ NEEDED = {
     "typer": ("typer", "the benchmark"),
     "rich": ("rich", "the benchmark"),
     "threadpoolctl": ("threadpoolctl", "the benchmark"),
+    "pytest_benchmark": ("pytest-benchmark", "the benchmark's file"),
 }
 USEFUL = {
     "triton": ("triton", "the backend triton"),

@@ -135,16 +135,17 @@ unset PYTORCH_NO_CUDA_MEMORY_CACHING
 number=0
 benchmark() {
     number=$((number + 1))
-    phase "benchmark $1" "$2" "$3" bench.log "$python" -m bench --device cuda --quick \
-        --out "$scratch/bench-$number-$1.json" "$1"
+    phase "benchmark $1" "$2" "$3" bench.log "$python" -m bench run "${@:4}" --device cuda --quick \
+        --out "$scratch/bench-$number-$1.json"
 }
-benchmark focus_attention 75 120
-benchmark token_importance 30 105
-benchmark kmeans 40 90
-benchmark merge_tokens 120 70
+benchmark focus 50 150 focus
+benchmark decode 50 125 decode
+benchmark importance 30 110 importance
+benchmark kmeans 40 95 kmeans
+benchmark merge 120 75 merge
 # its first set-up is what the aims are about; all take about four minutes
-benchmark llava 240 20
-benchmark sweep 120 8
+benchmark llava 240 20 llava
+benchmark sweeps 120 8 --no-usual --sweeps
 
 # no file may be too large to be carried away; its end says most
 for log in "$folder"/*.log; do

@@ -1,4 +1,4 @@
-"""Cases, providers, and the run of a case: check every provider, then time those that passed."""
+"""The run of a case: check every provider, then time those that passed, in turn."""
 
 from __future__ import annotations
 
@@ -7,76 +7,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from . import environment, memory, timing
+from .case import Case, Kind, Provider, Target, Verdict
 
-Kind = Literal["ours", "reference", "rival", "floor"]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a provider's result agrees with the reference, and a few words on how well."""
-
-    ok: bool
-    detail: str
+# how far a case is, from 0 to 1, and what it is at
+Notify = Callable[[float, str], None]
 
 
-@dataclass(frozen=True)
-class Provider:
-    """One way to do the work.
-
-    kind: ``ours``; ``reference``, our own definition; ``rival``; ``floor``, a part of the work that
-        nobody can do without.
-    scope: what it does, where that is not the whole operation.
-    verify: judges the result of ``run``.
-    missing: why it cannot run here; then ``run`` is never called.
-    others: the same as ``run`` on other inputs of the same sizes, for a GPU.
-    launch: how a GPU gets it, captured in a graph or call by call.
-    slow: why its first call takes a minute or more; a quick run leaves it out.
-    """
-
-    name: str
-    kind: Kind
-    scope: str
-    run: Callable[[], Any]
-    verify: Callable[[Any], Verdict]
-    missing: str | None = None
-    others: tuple[Callable[[], Any], ...] = ()
-    launch: Literal["graph", "eager"] = "graph"
-    slow: str | None = None
+def silent(done: float, what: str) -> None: ...
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What the operation costs one call when nothing is read twice and nothing is skipped."""
-
-    bytes: int
-    flops: int
-
-
-@dataclass(frozen=True)
-class Target:
-    """The aim for ours: ``factor`` times faster than the fastest provider of kind ``against``, or,
-    against a floor, at most ``factor`` times its time."""
-
-    against: Kind
-    factor: float
-    # only against providers whose names begin so
-    named: str = ""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One table: a set-up, its providers, and what is aimed at.
-
-    memory_unit: name and bytes of what the workspace of ours is measured in.
-    """
-
-    suite: str
-    params: dict[str, Any]
-    images: int
-    cost: Cost
-    providers: list[Provider]
-    targets: list[Target]
-    memory_unit: tuple[str, int] | None = None
+# of a case's time: checking, which makes the data; the rest is timing
+CHECKING = 0.3
 
 
 class Meter(Protocol):
@@ -113,6 +54,18 @@ class CpuMeter:
 CPU = CpuMeter()
 
 
+@dataclass(frozen=True)
+class Effort:
+    """Samples of each provider, and seconds that they may take at most.
+
+    quick: a quick run or a sweep, without what is slow to begin.
+    """
+
+    repetitions: int
+    seconds: float
+    quick: bool = False
+
+
 @dataclass
 class Row:
     """A provider's line; times are milliseconds for one image."""
@@ -127,33 +80,42 @@ class Row:
     samples_ms: list[float] = field(default_factory=list)
     # milliseconds that the host takes to launch a call, all images together
     host_ms: float | None = None
+    # bytes that a call holds at its worst moment besides its inputs and results; None where unseen
+    peak_bytes: int | None = None
 
 
 @dataclass
 class Result:
     suite: str
     params: dict[str, Any]
+    axis: str | None
     images: int
+    unit: str
     cost: dict[str, int]
     rows: list[Row]
     targets: list[dict[str, Any]]
     workspace: dict[str, Any] | None
     # processors that other processes kept busy during the timing
     others_busy: float | None
+    # what a suite has to say besides
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def disturbed(self) -> bool:
         return _disturbed(self.others_busy)
 
 
-def run_case(
-    case: Case, *, repetitions: int, seconds: float, meter: Meter = CPU, quick: bool = False
-) -> Result:
-    rows = [_gate(provider, quick) for provider in case.providers]
+def run_case(case: Case, effort: Effort, meter: Meter = CPU, notify: Notify = silent) -> Result:
+    rows = []
+    for i, provider in enumerate(case.providers):
+        notify(CHECKING * i / len(case.providers), f"checking {provider.name}")
+        rows.append(_gate(provider, effort.quick))
     prepared = {}
     for provider, row in zip(case.providers, rows, strict=True):
         if row.status == "ok":
             try:
+                if provider.traced:
+                    row.peak_bytes = meter.peak_workspace(provider.run)
                 prepared[provider.name] = meter.prepare(provider)
                 host = meter.host_seconds(provider)
                 row.host_ms = host * 1e3 if host is not None else None
@@ -165,9 +127,10 @@ def run_case(
     if prepared:
         timings = timing.interleaved(
             {name: call for name, (call, _) in prepared.items()},
-            repetitions=repetitions,
-            seconds=seconds,
+            repetitions=effort.repetitions,
+            seconds=effort.seconds,
             clock=meter.clock,
+            notify=lambda done: notify(CHECKING + (1 - CHECKING) * done, "timing"),
         )
     busy = others.busy() if others else None
     for row in rows:
@@ -177,11 +140,13 @@ def run_case(
     return Result(
         case.suite,
         case.params,
+        case.axis,
         case.images,
+        case.unit,
         asdict(case.cost),
         rows,
         [_compare(target, rows, _disturbed(busy)) for target in case.targets],
-        _workspace(case, rows, meter),
+        _workspace(case, rows),
         busy,
     )
 
@@ -193,7 +158,7 @@ def _disturbed(others_busy: float | None) -> bool:
 def _gate(provider: Provider, quick: bool) -> Row:
     missing = provider.missing
     if quick and provider.slow:
-        missing = missing or f"left out of a quick run: {provider.slow}"
+        missing = missing or f"left out of quick runs and sweeps: {provider.slow}"
     row = Row(provider.name, provider.kind, provider.scope, "missing", missing or "")
     if missing is None:
         try:
@@ -228,7 +193,10 @@ def _compare(target: Target, rows: list[Row], disturbed: bool) -> dict[str, Any]
     others = {
         row.name: row.ms["median"]
         for row in rows
-        if row.kind == target.against and row.name.startswith(target.named) and row.ms
+        if row.kind == target.against
+        and row.name.startswith(target.named)
+        and row.scope.startswith(target.scope)
+        and row.ms
     }
     if ours and others:
         record["provider"] = fastest = min(others, key=others.__getitem__)
@@ -242,14 +210,9 @@ def _compare(target: Target, rows: list[Row], disturbed: bool) -> dict[str, Any]
     return record
 
 
-def _workspace(case: Case, rows: list[Row], meter: Meter) -> dict[str, Any] | None:
-    ours = [
-        provider
-        for provider, row in zip(case.providers, rows, strict=True)
-        if provider.kind == "ours" and row.status == "ok"
-    ]
-    if not ours or case.memory_unit is None:
+def _workspace(case: Case, rows: list[Row]) -> dict[str, Any] | None:
+    peak = next((r.peak_bytes for r in rows if r.kind == "ours" and r.status == "ok"), None)
+    if peak is None or case.memory_unit is None:
         return None
     unit, size = case.memory_unit
-    peak = meter.peak_workspace(ours[0].run)
     return {"bytes": peak, "unit": unit, "ratio": peak / size}

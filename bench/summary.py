@@ -7,12 +7,12 @@ becomes one file in FOLDER.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from . import record
 from .report import floor_ms, milliseconds
 
 # what `timeout` answers for a program that it stopped, by its signal or by kill
@@ -27,10 +27,10 @@ def main(folder: Path, scratch: Path) -> None:
     if len(whole):
         ElementTree.ElementTree(whole).write(folder / "tests.xml", encoding="unicode")
     phases = (scratch / "phases").read_text()
-    record = _record(scratch)
-    if record:
-        (folder / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "SUMMARY.md").write_text(page(phases, suites, record))
+    run = _run(scratch)
+    if run:
+        record.write(folder / "bench.json", run.environment, run.results)
+    (folder / "SUMMARY.md").write_text(page(phases, suites, run))
 
 
 def _suite(path: Path) -> ElementTree.Element | None:
@@ -40,12 +40,10 @@ def _suite(path: Path) -> ElementTree.Element | None:
         return None
 
 
-def page(
-    phases: str, suites: dict[str, ElementTree.Element | None], record: dict[str, Any] | None
-) -> str:
+def page(phases: str, suites: dict[str, ElementTree.Element | None], run: record.Run | None) -> str:
     lines = ["# Run on a GPU", ""]
-    if record:
-        lines += [*_environment(record["environment"]), ""]
+    if run:
+        lines += [*_environment(run.environment), ""]
     lines += ["| phase | outcome | seconds |", "|---|---|---|"]
     for line in phases.splitlines():
         name, status, seconds = line.split("\t")
@@ -53,20 +51,19 @@ def page(
         lines.append(f"| {name} | {outcome} | {seconds} |")
     for name, suite in suites.items():
         lines += ["", *_tests(name, suite)]
-    if record:
-        ceilings = record["environment"]["ceilings"]
-        for result in record["results"]:
-            lines += ["", *_table(result, ceilings)]
+    if run:
+        for result in run.results:
+            lines += ["", *_table(result, run.environment["ceilings"])]
     return "\n".join([*lines, ""])
 
 
-def _record(scratch: Path) -> dict[str, Any] | None:
+def _run(scratch: Path) -> record.Run | None:
     """The benchmarks' files as one: each suite ran in a process of its own."""
-    records = [json.loads(path.read_text()) for path in sorted(scratch.glob("bench-*.json"))]
-    if not records:
+    runs = [record.read(path) for path in sorted(scratch.glob("bench-*.json"))]
+    if not runs:
         return None
-    results = [result for record in records for result in record["results"]]
-    return {"environment": records[0]["environment"], "results": results}
+    results = [result for run in runs for result in run.results]
+    return record.Run(scratch, runs[0].environment, results)
 
 
 def _environment(environment: dict[str, Any]) -> list[str]:
@@ -79,7 +76,7 @@ def _environment(environment: dict[str, Any]) -> list[str]:
         f" {environment['commit']}{dirty}, {environment['date']}.",
         "",
         f"Measured ceilings: copy {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s read and written,"
-        f" bfloat16 products {ceilings['bfloat16_flops_per_s'] / 1e12:.0f} TFLOP/s.",
+        f" {ceilings['dtype']} products {ceilings['flops_per_s'] / 1e12:.0f} TFLOP/s.",
         "",
         "Backends: "
         + "; ".join(f"{name}: {why or 'runs'}" for name, why in environment["backends"].items())
@@ -110,8 +107,8 @@ def _label(case: ElementTree.Element) -> str:
 
 
 def _table(result: dict[str, Any], ceilings: dict[str, float]) -> list[str]:
-    title = " ".join(f"{key}={value}" for key, value in result["params"].items())
-    lines = [f"**{result['suite']}** {title}"]
+    over = f"over {result['axis']}: " if result["axis"] else ""
+    lines = [f"**{over}{record.label(result['suite'], result['params'])}**"]
     if "error" in result:
         return [*lines, "", f"FAILED: {result['error']}"]
     moved, computed = floor_ms(result["cost"], result["images"], ceilings)

@@ -73,15 +73,18 @@ def interleaved(
     repetitions: int,
     seconds: float,
     clock: Clock = WALL,
+    notify: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Timing]:
     """Time every function ``repetitions`` times in turn, starting each turn with another one.
 
     A function that would take longer than ``seconds`` gets fewer samples, but three at least.
+    notify: told before each turn which share of them is done.
     """
     plans = {name: _plan(call, repetitions, seconds, clock) for name, call in functions.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for turn in range(repetitions):
+        notify(turn / repetitions)
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             if plans[name].due(turn, repetitions):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import subprocess
 import sys
 import time
@@ -24,10 +23,11 @@ typer = pytest.importorskip("typer")
 from rich.console import Console
 
 from bench import (
-    __main__,
     bench_focus_attention,
+    bench_kmeans,
     bench_merge_tokens,
     bench_token_importance,
+    ceilings,
     clustering,
     data,
     environment,
@@ -36,18 +36,27 @@ from bench import (
     runner,
     timing,
 )
+from bench.case import Target
 from bench.focus import Setup as Focus
+from bench.machine import CPU, Machine
+from bench.runner import Effort
 
 TINY = bench_merge_tokens.Setup("field", D=32, B=2, N=64, P=16, K=4)
+QUICK = Effort(4, 0.5, quick=True)
 
 
 @pytest.fixture(scope="module")
 def case():
-    return bench_merge_tokens.case(TINY)
+    return bench_merge_tokens.case(TINY, CPU)
 
 
-def run(case):
-    return runner.run_case(case, repetitions=4, seconds=0.5)
+def run(case, *names):
+    """All that a quick run does, or these providers whatever they take."""
+    if not names:
+        return runner.run_case(case, QUICK)
+    chosen = [provider for provider in case.providers if provider.name in names]
+    assert len(chosen) == len(names)
+    return runner.run_case(dataclasses.replace(case, providers=chosen), Effort(4, 0.5))
 
 
 def spoil(case, name, change):
@@ -63,27 +72,66 @@ def row(result, name):
     return next(row for row in result.rows if row.name == name)
 
 
-def test_every_installed_provider_agrees_and_is_timed(case):
-    result = run(case)
-    for line in result.rows:
-        assert line.status in ("ok", "missing"), line
+SMALL = [
+    (bench_token_importance, bench_token_importance.Setup(2, 3, 33, 16)),
+    (bench_token_importance, bench_token_importance.Setup(2, 3, 33, 16, None)),
+    (bench_kmeans, bench_kmeans.Setup(8, 3, 144, 16)),
+    (bench_merge_tokens, TINY),
+    (bench_focus_attention, Focus(B=2, H=4, G=2, d=16, before=5, images=30, after=9)),
+    (bench_focus_attention, Focus("decode", 2, 4, 4, 16, 5, 30, 9)),
+]
+
+
+@pytest.mark.parametrize(("suite", "setup"), SMALL, ids=str)
+def test_every_provider_agrees_and_is_timed(suite, setup):
+    case = suite.case(setup, CPU)
+    result = runner.run_case(case, QUICK)
+    for line, provider in zip(result.rows, case.providers, strict=True):
+        absent = provider.missing or provider.slow
+        assert line.status == ("missing" if absent else "ok"), line
         assert (line.ms is not None) == (line.status == "ok")
-    assert row(result, "torch Gram").ms["p20"] <= row(result, "torch Gram").ms["p80"]
-    assert row(result, "merge_tokens, reference").status == "ok"
+        assert (line.peak_bytes is not None) == (line.status == "ok" and provider.traced)
+        if line.ms:
+            assert 0 < line.ms["p20"] <= line.ms["median"] <= line.ms["p80"]
+    assert sum(line.status == "ok" and line.kind == "rival" for line in result.rows) >= 1
+    assert result.cost["bytes"] > 0 and result.cost["flops"] > 0
+    assert run(case, *[p.name for p in case.providers if p.kind == "reference"]).rows[0].ms
 
 
-FOCUS = Focus(B=2, H=4, G=2, d=16, before=5, images=30, after=9)
+def test_declaring_a_case_makes_no_data(monkeypatch):
+    def make(*_):
+        raise AssertionError("made data")
+
+    monkeypatch.setitem(data.DATASETS, "field", make)
+    case = bench_merge_tokens.case(TINY, CPU)
+    names = [provider.name for provider in case.providers]
+    assert len(set(names)) == len(names) > 10
+    assert all(line.status != "ok" for line in runner.run_case(case, QUICK).rows)
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_focus_attention_is_judged_and_timed(phase):
-    case = bench_focus_attention.case(dataclasses.replace(FOCUS, phase=phase))
-    result = run(case)
-    assert all(line.status == "ok" for line in result.rows), result.rows
-    wrong = run(spoil(case, "torch, eager", lambda out: out.roll(1, 1)))
-    assert row(wrong, "torch, eager").status == "failed"
-    shorter = run(spoil(case, "torch, eager", lambda out: out[:, 1:]))
-    assert "shape" in row(shorter, "torch, eager").detail
+def test_wrong_attention_is_not_timed():
+    case = bench_focus_attention.case(SMALL[4][1], CPU)
+    for name, change in (
+        ("torch, eager", lambda out: out.roll(1, 1)),
+        ("SDPA flash, causal", lambda out: out.roll(1, 2)),
+        ("SDPA math, ready mask", lambda out: out[:, 1:]),
+    ):
+        line = row(run(spoil(case, name, change), name), name)
+        assert (line.status, line.ms) == ("failed", None)
+        assert ("shape" in line.detail) == ("math" in name)
+
+
+def test_wrong_importance_is_not_timed():
+    case = bench_token_importance.case(SMALL[0][1], CPU)
+    for name in ("token_importance, reference", "torch", "the row q k'", "k.sum(-1)"):
+        assert row(run(spoil(case, name, lambda out: out * 1.01), name), name).status == "failed"
+
+
+@pytest.mark.parametrize("name", ["ToMe", "VisionZip", "PruMerge", "PruMerge+"])
+def test_other_methods_are_judged_by_their_own_rule(case, name):
+    assert "by its own rule" in row(run(case, name), name).scope
+    wrong = run(spoil(case, name, lambda tokens: tokens.roll(1, 1)), name)
+    assert row(wrong, name).status == "failed" and "own rule" in row(wrong, name).detail
 
 
 def test_missing_provider_is_listed_with_its_reason(case):
@@ -106,7 +154,7 @@ def test_missing_provider_is_listed_with_its_reason(case):
     ids=["shifted", "one cluster", "negative", "short"],
 )
 def test_wrong_labels_are_not_timed(case, change):
-    line = row(run(spoil(case, "torch direct", change)), "torch direct")
+    line = row(run(spoil(case, "torch direct", change), "torch direct"), "torch direct")
     assert (line.status, line.ms, line.samples_ms) == ("failed", None, [])
 
 
@@ -130,7 +178,7 @@ def _spoil_tokens(slot):
 )
 def test_wrong_merge_is_not_timed(case, change, reason):
     name = "merge_tokens, reference"
-    line = row(run(spoil(case, name, change)), name)
+    line = row(run(spoil(case, name, change), name), name)
     assert line.status == "failed" and reason in line.detail
 
 
@@ -138,7 +186,7 @@ def test_provider_that_raises_is_shown_as_failed(case):
     def explode(_):
         raise RuntimeError("out of luck")
 
-    line = row(run(spoil(case, "torch Gram", explode)), "torch Gram")
+    line = row(run(spoil(case, "torch Gram", explode), "torch Gram"), "torch Gram")
     assert (line.status, line.detail) == ("failed", "RuntimeError: out of luck")
 
 
@@ -160,14 +208,14 @@ def test_targets_compare_medians():
         runner.Row(name, kind, "", "ok", "", {"median": ms})
         for name, kind, ms in [("a", "ours", 2.0), ("b", "rival", 5.0), ("c", "rival", 3.0)]
     ]
-    faster = runner._compare(runner.Target("rival", 2.0), rows, disturbed=False)
+    faster = runner._compare(Target("rival", 2.0), rows, disturbed=False)
     assert (faster["provider"], faster["ratio"], faster["met"]) == ("c", 1.5, False)
     rows.append(runner.Row("d", "floor", "", "ok", "", {"median": 1.6}))
-    floor = runner._compare(runner.Target("floor", 1.3), rows, disturbed=False)
+    floor = runner._compare(Target("floor", 1.3), rows, disturbed=False)
     assert (floor["ratio"], floor["met"]) == (1.25, True)
-    disturbed = runner._compare(runner.Target("floor", 1.3), rows, disturbed=True)
+    disturbed = runner._compare(Target("floor", 1.3), rows, disturbed=True)
     assert (disturbed["ratio"], disturbed["met"]) == (1.25, None)
-    assert runner._compare(runner.Target("reference", 8.0), rows, disturbed=False)["ratio"] is None
+    assert runner._compare(Target("reference", 8.0), rows, disturbed=False)["ratio"] is None
 
 
 def test_interleaved_samples_every_function_and_slow_ones_less():
@@ -214,41 +262,41 @@ def test_field_wants_a_square():
         data.field(1, 35, 8)
 
 
-def test_report_reads(case):
-    console = Console(width=140, record=True, file=io.StringIO())
-    report.show(console, run(case))
-    disturbed = dataclasses.replace(run(case), others_busy=1.5)
+def test_targets_may_be_about_one_scope():
+    rows = [
+        runner.Row(name, kind, scope, "ok", "", {"median": ms})
+        for name, kind, scope, ms in [
+            ("a", "ours", "everything", 2.0),
+            ("b", "rival", "by its own rule: less", 1.0),
+            ("c", "rival", "clustering alone, image by image", 3.0),
+        ]
+    ]
+    found = runner._compare(Target("rival", 1.5, scope="clustering alone"), rows, disturbed=False)
+    assert (found["provider"], found["ratio"], found["met"]) == ("c", 1.5, True)
+    assert runner._compare(Target("rival", 1.5), rows, disturbed=False)["provider"] == "b"
+
+
+def test_ceilings():
+    class Meter:
+        clock = timing.Clock(lambda call, calls: call() is None or 0.5, 0.0, 0.0)
+
+    assert ceilings.measure(Meter, CPU, 64) == {
+        "copy_bytes_per_s": 2 * 4 * 8 * 64 * 64 / 0.5,
+        "flops_per_s": 2 * 64**3 / 0.5,
+        "dtype": "float32",
+    }
+    gpu = ceilings.measure(Meter, Machine("cpu", gpu=True), 64)
+    assert gpu["dtype"] == "bfloat16" and gpu["copy_bytes_per_s"] == 2 * 2 * 8 * 64 * 64 / 0.5
+
+
+def test_details_read(case):
+    console = Console(width=180, record=True, file=io.StringIO())
+    result = dataclasses.asdict(run(case))
+    report.show(console, result)
+    disturbed = {**result, "others_busy": 1.5}
     assert any("too much" in line for line in report.conclusions(disturbed))
     text = console.export_text()
     assert "D=32" in text and "clustering alone" in text and "target 2x" in text
-
-
-def test_json_holds_what_a_number_depends_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        bench_token_importance, "SETUPS", [bench_token_importance.Setup(1, 2, 9, 4)]
-    )
-    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
-    out = tmp_path / "new" / "result.json"
-    former = torch.get_num_threads()
-    try:
-        __main__.main(["token_importance"], quick=True, threads=1, out=out)
-    finally:
-        environment.limit_threads(former)
-    record = json.loads(out.read_text())
-    assert {"date", "command", "commit", "dirty", "cpu", "threads", "versions"} <= set(
-        record["environment"]
-    )
-    assert record["environment"]["variables"]["OPENBLAS_CORETYPE"] == "Haswell"
-    (result,) = record["results"]
-    assert "others_busy" in result and result["params"]["N"] == 9 and result["cost"]["bytes"] > 0
-    floor = next(r for r in result["rows"] if r["kind"] == "floor")
-    assert floor["status"] == "ok" and set(floor["ms"]) == {"median", "p20", "p80"}
-    assert len(floor["samples_ms"]) >= 3
-
-
-def test_result_file_is_named_by_device_and_commit():
-    described = {"cpu": "AMD EPYC(tm) 9B14", "commit": "abc", "dirty": True}
-    assert environment.result_path(described).name == "amd-epyc-tm-9b14-abc-dirty.json"
 
 
 def test_company_is_noticed():
@@ -263,8 +311,3 @@ def test_company_is_noticed():
         time.sleep(0.8)
         busy = others.busy()
     assert busy > 0.3 and alone >= 0
-
-
-def test_unknown_suite_is_refused():
-    with pytest.raises(typer.BadParameter, match="token_importance, focus_attention, got bananas"):
-        __main__.main(["bananas"])

@@ -1,14 +1,13 @@
 """The benchmark of a whole model: its rivals, its gate, its record and its tables, in tiny."""
 # the extras of the harness may be missing: it is imported after a look
-# ruff: noqa: E402
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from copy import deepcopy
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +22,9 @@ pytest.importorskip("threadpoolctl")
 pytest.importorskip("rich")
 pytest.importorskip("transformers")
 pytest.importorskip("PIL")
-typer = pytest.importorskip("typer")
+pytest.importorskip("pytest_benchmark")
 
 from bench import (
-    __main__,
     bench_llava,
     environment,
     gpu_timing,
@@ -34,10 +32,15 @@ from bench import (
     llava_docs,
     llava_rivals,
     memory,
+    runner,
+    suites,
     summary,
 )
 from bench.llava import Call, First, Ours, Prompt, Stage, Variant
 from bench.llava_rivals import FastV, VisionZip
+from bench.machine import CPU, Machine
+from bench.record import read, write
+from bench.runner import Effort
 from vmtc_kernels import VMTCConfig
 
 TINY = llava.SIZES["tiny"]
@@ -47,6 +50,14 @@ RIVALS = ["unmodified", "VisionZip", "FastV", "as many tokens"]
 NAMES = ["VMTC", "VMTC + CMAI", *RIVALS]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def judged():
+    """The tiny model has aims as others have."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_llava, "TOYS", ())
+        yield
+
+
 @pytest.fixture(scope="module")
 def stage():
     return Stage(TINY, "cpu", torch.float32)
@@ -54,7 +65,7 @@ def stage():
 
 @pytest.fixture
 def providers(stage):
-    case = bench_llava.Suite("cpu", "tiny").case(stage, SETUP, decodes=1)
+    case = bench_llava.case(SETUP, CPU, stage)
     yield {provider.name: provider for provider in case.providers}
     stage.clear()
 
@@ -66,22 +77,21 @@ def logits(stage, variant, prompt=PROMPT):
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory):
+def record(tmp_path_factory, judged):
+    """A kept run of one image with each number of tokens."""
     out = tmp_path_factory.mktemp("llava") / "result.json"
-    former = torch.get_num_threads()
-    try:
-        __main__.main(["llava"], only="B=1, ", quick=True, threads=1, out=out, size="tiny")
-    finally:
-        environment.limit_threads(former)
-    return json.loads(out.read_text())
+    planned = suites.plan(CPU, ["llava"], only="B=1 ", size="tiny")
+    results = [asdict(each.run(Effort(1, 1.0, quick=True), runner.CPU)) for each in planned]
+    write(out, environment.describe(1), results)
+    return read(out)
 
 
 def test_run_is_recorded_with_what_it_depends_on(record):
-    described = record["environment"]
+    described = record.environment
     assert {"date", "commit", "dirty", "cpu", "threads"} <= set(described)
     assert described["versions"]["transformers"] and described["versions"]["torch"]
-    assert [r["params"]["tokens"] for r in record["results"]] == [40, 48, 16]
-    for result in record["results"]:
+    assert [r["params"]["tokens"] for r in record.results] == [40, 48, 16]
+    for result in record.results:
         tokens, facts = result["params"]["tokens"], result["facts"]
         assert [row["name"] for row in result["rows"]] == NAMES
         for row in result["rows"]:
@@ -100,7 +110,7 @@ def test_run_is_recorded_with_what_it_depends_on(record):
         assert facts["encoder_share"]["tiny"] == pytest.approx(
             facts["flops"]["encoder"] / sum(facts["flops"].values())
         )
-    assert [bool(r["targets"]) for r in record["results"]] == [True, False, False]
+    assert [bool(r["targets"]) for r in record.results] == [True, False, False]
 
 
 def test_real_shares_of_the_work():
@@ -122,23 +132,9 @@ def test_products_are_those_that_torch_counts(stage):
     assert counted == pytest.approx(sum(TINY.flops(TINY.grid, 9).values()), rel=1e-4)
 
 
-def test_tables(record, tmp_path, monkeypatch):
-    monkeypatch.setattr(llava_docs, "ROOT", tmp_path)
-    kept, page = tmp_path / "result.json", tmp_path / "page.md"
-    record = json.loads(json.dumps(record))
-    record["environment"]["dirty"] = True
-    kept.write_text(json.dumps(record))
-    page.write_text("above\n")
-    with pytest.raises(SystemExit, match="no place for the tables"):
-        llava_docs.main(kept, page)
-    page.write_text(f"above\n{llava_docs.BEGIN}removed\n{llava_docs.END}below\n")
-    with pytest.raises(SystemExit, match="not for the docs: dirty tree True"):
-        llava_docs.main(kept, page)
-
-    record["environment"]["dirty"] = False
-    for result in record["results"]:
-        result["others_busy"] = 0.0
-    results = record["results"]
+def test_tables(record):
+    record = deepcopy(record)
+    results = record.results
     results[0]["rows"][0]["ms"] = {"median": 2.0, "p20": 1.5, "p80": 2.5}
     results[0]["rows"][2]["ms"]["median"] = 5.0
     results[0]["facts"]["rows"]["VMTC"] |= {
@@ -150,13 +146,9 @@ def test_tables(record, tmp_path, monkeypatch):
     }
     results[1]["rows"][3] |= {"ms": None, "status": "failed"}
     del results[1]["facts"]["rows"]["VisionZip"]
-    kept.write_text(json.dumps(record))
-    llava_docs.main(kept, page)
-    text = page.read_text()
-    assert text.startswith("above\n<!-- llava:begin -->\n") and "removed" not in text
-    assert text.endswith("<!-- llava:end -->\nbelow\n")
-    assert "[result.json](../result.json)" in text and "of size tiny, float32" in text
-    share = record["results"][0]["facts"]["encoder_share"]["tiny"]
+    text = llava_docs.section(record)
+    assert "LLaVA-1.5 of size tiny, float32" in text
+    share = results[0]["facts"]["encoder_share"]["tiny"]
     assert f"does {share:.1%} of the products" in text and "(7b: 4.3%)" in text
     lines = text.splitlines()
     assert (
@@ -168,6 +160,14 @@ def test_tables(record, tmp_path, monkeypatch):
         ["| 144"] + ["| 48"] * 5 + ["| 40"] * 5 + ["| 16"] * 5
     )
     assert all(line.count("|") == 10 for line in rows)
+
+    results[0]["rows"][1]["ms"]["median"] = 4.0
+    held = results[0]["facts"]["rows"]
+    held["unmodified"]["cache_bytes"], held["VMTC + CMAI"]["cache_bytes"] = 2**22, 2**21
+    said = llava_docs.sentence(record)
+    assert "With 40 of 144 tokens" in said
+    assert "2.5 times sooner for one image (1.2 with CMAI on top)" in said
+    assert "shrinks to 25% (50% with CMAI's state)" in said
 
 
 def test_every_variant_passes_the_gate_and_leaves_the_model_as_it_was(stage, providers):
@@ -192,6 +192,8 @@ def _lose_a_token(tokens):
 
 def test_wrong_merge_is_not_timed(providers, monkeypatch):
     merge = VMTCConfig.merge
+    for name in ("VMTC", "VMTC + CMAI"):
+        assert providers[name].verify(providers[name].run()).ok
 
     def wrong(self, *args, **options):
         few = merge(self, *args, **options)
@@ -205,6 +207,7 @@ def test_wrong_merge_is_not_timed(providers, monkeypatch):
 
 def test_wrong_inhibition_is_not_timed(stage, providers):
     call = providers["VMTC + CMAI"].run
+    assert providers["VMTC + CMAI"].verify(call()).ok
     stage.clear()
     call.variant.cmai = replace(call.variant.cmai, keep_ratio=0.4)
     found = providers["VMTC + CMAI"].verify(call())
@@ -326,11 +329,13 @@ class Processor:
 
 def test_on_a_gpu_the_aims_are_compared(monkeypatch):
     monkeypatch.setattr(gpu_timing, "Cuda", Processor)
-    suite = bench_llava.Suite("cuda", "tiny")
-    assert bench_llava.Suite("cuda").SETUPS[0] == bench_llava.Setup("7b", 8, 160, 576, "bfloat16")
-    assert len(suite.SETUPS) == 9 and {s.dtype for s in suite.SETUPS} == {"bfloat16"}
-    suite._stage = Stage(TINY, "cpu", torch.bfloat16)
-    result = suite.run(replace(suite.SETUPS[0], new_tokens=2), quick=True)
+    pretended = Machine("cpu", gpu=True)
+    usual = bench_llava.suite().setups(pretended)
+    assert usual[0] == bench_llava.Setup("7b", 8, 160, 576, "bfloat16")
+    assert len(usual) == 9 and {setup.dtype for setup in usual} == {"bfloat16"}
+    suite = bench_llava.suite("tiny")
+    setup = replace(suite.setups(pretended)[0], new_tokens=2)
+    result = suite.run(setup, pretended, Effort(1, 1.0, quick=True), runner.silent)
     assert all(row.status == "ok" for row in result.rows), result.rows
     aims = [(t["against"], t["factor"], t["named"]) for t in result.targets]
     assert aims == [
@@ -342,10 +347,8 @@ def test_on_a_gpu_the_aims_are_compared(monkeypatch):
     assert result.targets[2]["ratio"] == pytest.approx(rows["VMTC + CMAI"] / rows["VMTC"])
     assert result.others_busy is None and all(t["met"] is not None for t in result.targets)
     # its page reads it
-    ceilings = {"copy_bytes_per_s": 4e12, "bfloat16_flops_per_s": 8e14}
-    text = "\n".join(
-        summary._table(vars(result) | {"rows": [vars(r) for r in result.rows]}, ceilings)
-    )
+    ceilings = {"copy_bytes_per_s": 4e12, "flops_per_s": 8e14, "dtype": "bfloat16"}
+    text = "\n".join(summary._table(asdict(result), ceilings))
     assert "| unmodified | " in text and "tokens/s" in text
 
 
@@ -371,22 +374,36 @@ def test_operators_are_watched_by_events_on_a_gpu(monkeypatch):
     assert on_gpu == pytest.approx(0.003) and 0.01 <= on_cpu < 1
 
 
-def test_suite_is_run_only_by_name_and_its_sizes_are_told(monkeypatch):
-    monkeypatch.setitem(__main__.SUITES, "cpu", {})
-    monkeypatch.setattr(bench_llava.Suite, "run", lambda *_: pytest.fail("was not asked for"))
-    former = torch.get_num_threads()
-    try:
-        __main__.main(threads=1)
-    finally:
-        environment.limit_threads(former)
-    with pytest.raises(typer.BadParameter, match="7b, small, tiny, got 13b"):
-        __main__.main(["llava"], size="13b")
+def test_weights_are_counted_as_torch_does(stage):
+    assert sum(p.numel() for p in stage.model.parameters()) == TINY.parameters
+    case = bench_llava.case(SETUP, CPU, stage)
+    assert case.cost.bytes == 4 * (TINY.parameters + 2 * 2 * 3 * (40 + 9) * 32)
+    assert llava.SIZES["7b"].parameters == pytest.approx(7.06e9, rel=0.01)
+
+
+def test_a_quick_run_is_about_the_aims():
+    planned = suites.plan(CPU, ["llava"], size="tiny", quick=True)
+    assert [each.setup.tokens for each in planned] == [40, 40]
+
+
+def test_a_toy_has_no_aims(monkeypatch):
+    monkeypatch.setattr(bench_llava, "TOYS", ("tiny",))
+    assert not bench_llava.case(SETUP, CPU, Stage(TINY, "cpu", torch.float32)).targets
+    real = [each.case for each in suites.plan(CPU, ["llava"], quick=True, size="small")]
+    assert [bool(case.targets) for case in real] == [True, True]
+
+
+def test_a_machine_without_transformers_is_told(monkeypatch):
+    monkeypatch.setattr(bench_llava, "load", lambda *_: (None, "transformers does not import"))
+    (each, _) = suites.plan(CPU, ["llava"], size="tiny", quick=True)
+    result = each.run(Effort(1, 1.0, quick=True), runner.CPU)
+    assert {row.status for row in result.rows} == {"missing"}
 
 
 def test_transformers_is_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'transformers>=5\.17'"):
-        Stage(TINY, "cpu", torch.float32)
+        assert Stage(TINY, "cpu", torch.float32).model
 
 
 def test_ours_keeps_four_fifths():

@@ -155,6 +155,19 @@ main()
     assert result.returncode == 2
 
 
+def test_benchmarks_are_a_command_with_an_extra_of_its_own(vmtc):
+    code, stdout, _ = vmtc("bench", "--help")
+    assert code == 0 and all(word in stdout for word in ("run", "report", "compare"))
+    code = """
+from vmtc_kernels.cli import main
+sys.argv = ["vmtc", "bench", "--quick"]
+main()
+"""
+    result = run_python(BLOCKER + code)
+    assert result.stderr == 'vmtc needs typer: pip install "vmtc-kernels[bench]"\n'
+    assert result.returncode == 2
+
+
 def test_importing_the_package_loads_none_of_the_extra():
     code = """
 import sys, vmtc_kernels, vmtc_kernels.cli

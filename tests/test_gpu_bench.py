@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -25,31 +25,47 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 pytest.importorskip("threadpoolctl")
 pytest.importorskip("rich")
-typer = pytest.importorskip("typer")
+pytest.importorskip("typer")
+pytest.importorskip("pytest_benchmark")
+
+from typer.testing import CliRunner
 
 from bench import (
-    __main__,
+    app,
+    bench_kmeans,
+    bench_merge_tokens,
+    bench_token_importance,
+    ceilings,
     environment,
-    gpu_clustering,
-    gpu_focus_attention,
-    gpu_kmeans,
-    gpu_merge_tokens,
-    gpu_sweep,
     gpu_timing,
-    gpu_token_importance,
+    kmeans_packages,
+    kmeans_torch,
+    machine,
     memory,
     missing,
+    options,
+    record,
     report,
     runner,
     sanitize_cases,
+    suites,
     summary,
 )
-from bench.clustering import Problem
+from bench.bench_focus_attention import case as focus_case
+from bench.case import Case, Cost, Provider, Verdict
+from bench.clustering import Task
 from bench.focus import Setup as Focus
+from bench.machine import Machine, Sets
+from bench.runner import Effort
 
-CEILINGS = {"copy_bytes_per_s": 4e12, "bfloat16_flops_per_s": 8e14}
+CEILINGS = {"copy_bytes_per_s": 4e12, "flops_per_s": 8e14, "dtype": "bfloat16"}
 FOCUS = Focus(B=2, H=4, G=2, d=16, before=5, images=30, after=9, dtype="bfloat16")
-MERGE = gpu_merge_tokens.Setup(3, 64, "cosine", "field", N=64, P=16, K=4)
+MERGE = bench_merge_tokens.Setup("field", 64, 3, 64, 16, 4, metric="cosine", dtype="bfloat16")
+KMEANS = bench_kmeans.Setup(8, 3, 144, 16, data="field", dtype="bfloat16")
+IMPORTANCE = bench_token_importance.Setup(2, 3, 33, 16, dtype="bfloat16")
+# the providers for a GPU, on a processor
+PRETENDED = Machine("cpu", gpu=True)
+BRIEF = Effort(3, 0.05, quick=True)
 
 
 class Processor:
@@ -75,18 +91,17 @@ class Processor:
         return memory.peak_workspace(call)
 
 
-def run(case, device=None):
-    meter = gpu_timing.GpuMeter(device or Processor())
-    return runner.run_case(case, repetitions=3, seconds=0.05, meter=meter)
+def run(case, device=None, effort=BRIEF, eager=False):
+    return runner.run_case(case, effort, gpu_timing.GpuMeter(device or Processor(), eager))
 
 
-def provider(calls, launch="graph", verify=lambda _: runner.Verdict(True, "fine")):
+def provider(calls, launch="graph", verify=lambda _: Verdict(True, "fine")):
     first, *others = calls
-    return runner.Provider("one", "ours", "", first, verify, None, tuple(others), launch)
+    return Provider("one", "ours", "", first, verify, None, tuple(others), launch)
 
 
 def one_case(it):
-    return runner.Case("suite", {"D": 1}, 5, runner.Cost(8, 4), [it], [])
+    return Case("suite", {"D": 1}, 5, Cost(8, 4), [it], [])
 
 
 def test_inputs_rotate_until_the_cache_cannot_hold_them():
@@ -94,6 +109,11 @@ def test_inputs_rotate_until_the_cache_cannot_hold_them():
     assert gpu_timing.rotation(10**9, 100) == 2
     assert gpu_timing.rotation(1, 10**9) == gpu_timing.MOST_SETS
     assert gpu_timing.rotation(0, 100) == gpu_timing.MOST_SETS
+    made = []
+    sets = PRETENDED.sets(lambda seed: made.append(seed) or seed, 10).then(str)
+    calls = sets.calls(lambda value: value * 2)
+    assert [call() for call in calls] == ["00", "11"] == [call() for call in calls]
+    assert made == [0, 1] and sets.first == "0" and machine.CPU.sets(str, 10).count == 1
 
 
 @pytest.mark.parametrize("launch", ["graph", "eager"])
@@ -105,6 +125,15 @@ def test_time_is_that_of_one_call_of_one_set(launch):
     assert row.ms["median"] == pytest.approx(100.0)
     assert row.calls_per_sample == 4 and set(seen) == {0, 1, 2, 3}
     assert row.host_ms > 0
+
+
+def test_a_graph_may_be_turned_down():
+    class Refuses(Processor):
+        def capture(self, calls):
+            raise AssertionError("captured")
+
+    (row,) = run(one_case(provider([lambda: None])), Refuses(), eager=True).rows
+    assert row.status == "ok"
 
 
 def test_what_cannot_be_captured_is_shown_as_failed():
@@ -121,61 +150,52 @@ def test_other_processes_do_not_count():
     assert run(one_case(provider([lambda: None]))).others_busy is None
 
 
-@pytest.mark.parametrize(
-    ("suite", "setup"),
-    [
-        (gpu_merge_tokens, MERGE),
-        (gpu_merge_tokens, gpu_merge_tokens.Setup(1, 32, "euclidean", N=49, P=9, K=5)),
-        (gpu_sweep, gpu_merge_tokens.Setup(2, 32, N=49, P=9, K=5, dtype="float32")),
-        (gpu_kmeans, gpu_kmeans.Setup(8, 3, 128, 16)),
-        (gpu_token_importance, gpu_token_importance.Setup(2, 3, 33, 16)),
-        (gpu_token_importance, gpu_token_importance.Setup(10, 3, 33, 16, None)),
-        (gpu_focus_attention, FOCUS),
-        (gpu_focus_attention, replace(FOCUS, phase="decode")),
-    ],
-    ids=lambda value: str(value) if not hasattr(value, "SETUPS") else value.__name__,
-)
-def test_every_provider_agrees(suite, setup):
-    options = {"all_launches": False} if suite in (gpu_merge_tokens, gpu_kmeans) else {}
-    result = run(suite.case(setup, "cpu", **options))
-    for line in result.rows:
-        # a processor has only one kernel of SDPA
-        if line.name in ("SDPA cuDNN, causal", "SDPA efficient, causal"):
-            continue
-        if "compiled" not in line.name or shutil.which("c++"):
-            assert line.status in ("ok", "missing"), line
-    assert result.rows[0].kind == "ours" and result.rows[0].status == "ok"
+CASES = {
+    "merge": bench_merge_tokens.case(MERGE, PRETENDED),
+    "merge, euclidean": bench_merge_tokens.case(
+        replace(MERGE, N=49, P=9, K=5, metric="euclidean", dtype="float32"), PRETENDED
+    ),
+    "kmeans": bench_kmeans.case(KMEANS, PRETENDED),
+    "importance": bench_token_importance.case(IMPORTANCE, PRETENDED),
+    "importance, all": bench_token_importance.case(replace(IMPORTANCE, cls_index=None), PRETENDED),
+    "focus": focus_case(FOCUS, PRETENDED),
+    "decode": focus_case(replace(FOCUS, phase="decode"), PRETENDED),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_provider_agrees(name):
+    case = CASES[name]
+    result = run(case)
+    for line, each in zip(result.rows, case.providers, strict=True):
+        assert line.status == ("missing" if each.missing or each.slow else "ok"), line
+        assert len(each.others) == 1
+    assert result.rows[0].kind == "ours" and result.rows[0].ms
     assert any(line.kind == "rival" and line.ms for line in result.rows)
     assert result.cost["bytes"] > 0 and result.cost["flops"] > 0
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_rivals_agree():
-    rows = run(gpu_merge_tokens.case(MERGE, "cpu")).rows
-    compiled = [row for row in rows if "compiled" in row.name]
-    assert len(compiled) == 2 and all(row.status == "ok" for row in compiled), compiled
-    assert sum("eager" in row.name for row in rows) == 3
+    case = CASES["merge"]
+    compiled = [each for each in case.providers if "compiled" in each.name]
+    rows = run(replace(case, providers=compiled), effort=Effort(3, 0.05)).rows
+    assert len(compiled) == 2 and all(row.status == "ok" for row in rows), rows
+    assert sum(each.launch == "eager" for each in case.providers) == 4
 
 
 def test_wrong_results_are_not_timed(monkeypatch):
-    monkeypatch.setitem(
-        gpu_merge_tokens.verify.__globals__, "TOLERANCE", -1.0
-    )  # nothing is close enough
-    rows = run(gpu_merge_tokens.case(MERGE, "cpu", all_launches=False)).rows
+    # nothing is close enough
+    monkeypatch.setitem(bench_merge_tokens.verify.__globals__, "TOLERANCE", -1.0)
+    rows = run(CASES["merge"]).rows
     assert (rows[0].status, rows[0].ms) == ("failed", None)
 
 
-def test_cosine_objective_and_ties():
-    x = torch.tensor([[[2.0, 0.0], [0.0, 3.0], [1.0, 1.0]]])
-    labels = torch.tensor([[0, 1, 0]])
-    problem = Problem(x, 2, 1, labels, torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), "cosine")
-    mean = torch.tensor([1 + 0.5**0.5, 0.5**0.5])
-    mean /= mean.norm()
-    expected = (1 - mean[0]) + (1 - mean.sum() * 0.5**0.5)
-    assert float(problem.objective(labels)) == pytest.approx(float(expected))
-    # the last token is as near to one centroid as to the other
-    assert problem._tie(torch.tensor([[0, 1, 1]])) == pytest.approx(0, abs=1e-6)
-    assert problem._tie(torch.tensor([[1, 1, 0]])) == torch.inf
+def test_what_a_package_cannot_do_is_said():
+    reasons = {each.name: each.missing for each in CASES["merge"].providers}
+    assert reasons["faiss"] == reasons["fastkmeans"] == "it works on a CPU"
+    assert "bfloat16" in reasons["fast-pytorch-kmeans"]
+    assert "euclidean" in reasons["flash-kmeans' kernels, graph"]
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -208,17 +228,24 @@ def test_flash_kmeans_is_called_as_it_wants(monkeypatch, metric):
         batch_kmeans_Euclid=loop,
         batch_kmeans_Cosine=loop,
     )
-    monkeypatch.setattr(gpu_clustering, "load", lambda *_: (module, None))
+    monkeypatch.setattr(kmeans_packages, "load", lambda _, __, missing=None: (module, missing))
     x = torch.randn(2, 40, 16) + 8 * torch.randn(2, 4, 16).repeat(1, 10, 1)
-    task = gpu_clustering.Task([x, x + 1], torch.tensor([0, 1]), Problem.of(x, 4, 3, metric))
-    kernels, whole = gpu_clustering._flash_kernels(task), gpu_clustering._flash_kmeans(task)
-    assert (kernels.missing is None) == (metric == "euclidean")
+
+    def task(x):
+        sets = Sets(2, lambda seed: x + seed)
+        return Task(sets, x.shape, x.dtype, 4, 3, metric, PRETENDED, 2)
+
+    kernels, whole = (
+        make(task(x)) for make in (kmeans_packages._flash_kernels, kmeans_packages._flash_kmeans)
+    )
+    assert ("euclidean" in kernels.missing) == (metric == "cosine")
+    assert "need a GPU" in whole.missing
     for it in (kernels, whole)[metric == "cosine" :]:
         assert it.verify(it.run()).ok and len(it.others) == 1
+        assert not it.verify(it.run() * 0).ok
     # what tries out many tiles at first is no part of a quick run
-    wide = [torch.ones(1, 9, 513)]
     assert (whole.slow, kernels.slow) == (None, None)
-    slow = gpu_clustering._flash_kmeans(gpu_clustering.Task(wide, task.judged, task.problem))
+    slow = kmeans_packages._flash_kmeans(task(torch.ones(1, 9, 513)))
     assert (slow.slow is not None) == (metric == "cosine")
 
 
@@ -226,9 +253,7 @@ def test_a_quick_run_leaves_out_what_is_slow():
     it = replace(provider([lambda: None]), slow="compiles for a minute")
     meter = gpu_timing.GpuMeter(Processor())
     for quick, status in ((False, "ok"), (True, "missing")):
-        (row,) = runner.run_case(
-            one_case(it), repetitions=3, seconds=0.05, meter=meter, quick=quick
-        ).rows
+        (row,) = runner.run_case(one_case(it), Effort(3, 0.05, quick), meter).rows
         assert row.status == status and ("for a minute" in row.detail) == quick
 
 
@@ -256,43 +281,31 @@ def test_torch_leaves_the_stream_of_a_capture_that_fails(monkeypatch):
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("form", [gpu_clustering.torch_gram, gpu_clustering.torch_direct])
+@pytest.mark.parametrize("form", [kmeans_torch.torch_gram, kmeans_torch.torch_direct])
 def test_rivals_in_torch_ask_the_host_nothing(form, metric):
     """So that a graph can hold them: a tensor without values can answer none."""
     with FakeTensorMode():
         labels = form(torch.empty(2, 40, 16), 4, 3, metric)
         half = torch.empty(2, 40, 16, dtype=torch.bfloat16, device="cuda")
-        inner = gpu_clustering.products(half, half.mT)
+        inner = kmeans_torch.products(half, half.mT)
     assert labels.shape == (2, 40)
     assert (inner.dtype, inner.device.type) == (torch.float32, "cuda")
 
 
 def test_spread_takes_the_ends():
-    assert gpu_clustering.spread(3, 16).tolist() == [0, 1, 2]
-    some = gpu_clustering.spread(256, 16).tolist()
+    assert machine.spread(3, 16).tolist() == [0, 1, 2]
+    some = machine.spread(256, 16).tolist()
     assert len(set(some)) == 16 and (some[0], some[-1]) == (0, 255)
 
 
-def test_ceilings_and_floor():
-    found = gpu_timing.ceilings(Processor(seconds=0.5), "cpu", 64)
-    assert found == {
-        "copy_bytes_per_s": 2 * 2 * 8 * 64 * 64 / 0.5,
-        "bfloat16_flops_per_s": 2 * 64**3 / 0.5,
-    }
-    result = run(one_case(provider([lambda: None])), Processor(seconds=1.0))
+def test_floor():
+    result = asdict(run(one_case(provider([lambda: None])), Processor(seconds=1.0)))
     (floor,) = [line for line in report.conclusions(result, CEILINGS) if "no faster" in line]
-    assert report.floor_ms(result.cost, 5, CEILINGS) == (
+    assert report.floor_ms(result["cost"], 5, CEILINGS) == (
         pytest.approx(1e3 * 8 / 4e12 / 5),
         pytest.approx(1e3 * 4 / 8e14 / 5),
     )
     assert "ours takes 500000000000.0x" in floor
-
-
-def test_setups_are_distinct_and_cover_the_grid():
-    assert len(set(gpu_merge_tokens.SETUPS)) == len(gpu_merge_tokens.SETUPS) == 24
-    assert len(set(gpu_sweep.SETUPS)) == len(gpu_sweep.SETUPS)
-    for setup in gpu_sweep.SETUPS:
-        assert setup.P + setup.K <= setup.N
 
 
 GPU = {"name": "Some GPU", "capability": "9.0", "driver": "1", "cuda_of_torch": "13", "nvcc": None}
@@ -300,42 +313,43 @@ GPU = {"name": "Some GPU", "capability": "9.0", "driver": "1", "cuda_of_torch": 
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """What `python -m bench --device cuda` needs: one set-up that runs, one that does not."""
+    """What a run on a GPU needs: one set-up that runs, one that does not."""
 
-    def case(setup):
+    def case(setup, _):
+        found = bench_token_importance.case(setup, PRETENDED)
         if setup.d == 5:
-            raise torch.OutOfMemoryError("too large")
-        return gpu_token_importance.case(setup, "cpu")
+            # as one that does not fit
+            object.__setattr__(found, "providers", None)
+        return found
 
-    setups = [gpu_token_importance.Setup(1, 2, 9, 4), gpu_token_importance.Setup(1, 2, 9, 5)]
-    suite = SimpleNamespace(SETUPS=setups, case=case)
-    monkeypatch.setitem(__main__.SUITES, "cuda", {"token_importance": suite})
+    setups = [replace(IMPORTANCE, N=9, d=d) for d in (4, 5)]
+    suite = machine.Suite("importance", lambda _: setups, lambda _: {}, case)
+    monkeypatch.setattr(suites, "suites", lambda _: {"importance": suite})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(environment, "gpu", lambda: GPU)
     monkeypatch.setattr(environment, "gpu_state", lambda: {"clocks.sm": "1980 MHz"})
     monkeypatch.setattr(gpu_timing, "Cuda", Processor)
-    monkeypatch.setattr(gpu_timing, "ceilings", lambda: CEILINGS)
+    monkeypatch.setattr(ceilings, "measure", lambda meter, _: meter.device and CEILINGS)
 
 
 def test_json_and_summary_of_a_run_on_a_gpu(pretended_gpu, tmp_path):
     scratch = tmp_path / "scratch"
-    out = scratch / "bench-1-token_importance.json"
+    out = scratch / "bench-1-importance.json"
     # a set-up that does not fit ends no run, and is told by the exit status
-    with pytest.raises(typer.Exit) as stop:
-        __main__.main(quick=True, device="cuda", out=out)
-    assert stop.value.exit_code == 1
-    record = json.loads(out.read_text())
-    assert record["environment"]["device"] == "cuda" and record["environment"]["gpu"] == GPU
-    assert record["environment"]["ceilings"] == CEILINGS
-    good, bad = record["results"]
+    done = CliRunner().invoke(app.app, ["--quick", "--eager", "--out", str(out)])
+    assert done.exit_code == 1, done.output
+    kept = record.read(out)
+    assert kept.environment["device"] == "cuda" and kept.environment["gpu"] == GPU
+    assert kept.environment["ceilings"] == CEILINGS and kept.environment["eager"]
+    good, bad = kept.results
     assert good["gpu_state"] == {"clocks.sm": "1980 MHz"} and good["rows"][0]["host_ms"] > 0
-    assert bad["error"] == "OutOfMemoryError: too large"
-    assert environment.result_path(record["environment"]).name.startswith("some-gpu-")
+    assert bad["error"].startswith("TypeError")
+    assert environment.result_name(kept.environment).startswith("some-gpu-")
+    assert json.loads(out.read_text())["machine_info"]["gpu"] == "Some GPU"
 
     # a second process adds its results
-    more = {**record, "results": record["results"][:1]}
-    (scratch / "bench-2-more.json").write_text(json.dumps(more))
+    record.write(scratch / "bench-2-more.json", kept.environment, [{**good, "axis": "N"}])
     (scratch / "phases").write_text("build\t0\t61\nmemcheck\t86\t12\nbenchmark\t124\t9\n")
     (scratch / "gpu-tests.xml").write_text(
         '<testsuites><testsuite><testcase classname="c" name="n"><failure message="one&#10;two"/>'
@@ -351,23 +365,24 @@ def test_json_and_summary_of_a_run_on_a_gpu(pretended_gpu, tmp_path):
         "gpu-tests: 2 tests, 1 failed, 1 skipped",
         "- c.n: one",
         "operator-tests: its report was cut short",
-        "FAILED: OutOfMemoryError: too large",
+        "FAILED: TypeError",
+        "**over N: importance B=2",
         "copy 4.00 TB/s",
         "| k.sum(-1) |",
     ):
         assert line in page
     assert len(list(ElementTree.parse(tmp_path / "tests.xml").iter("testcase"))) == 2
-    merged = json.loads((tmp_path / "bench.json").read_text())
-    assert merged == {**record, "results": [good, bad, good]}
+    merged = record.read(tmp_path / "bench.json")
+    assert merged.environment == kept.environment
+    assert merged.results == [good, bad, {**good, "axis": "N"}]
     assert sorted(path.name for path in scratch.glob("bench*")) == [out.name, "bench-2-more.json"]
 
 
-def test_devices_are_refused_that_are_not_there(monkeypatch):
+def test_a_gpu_is_refused_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(typer.BadParameter, match="no CUDA device"):
-        __main__.main(device="cuda")
-    with pytest.raises(typer.BadParameter, match="cpu, cuda, got abacus"):
-        __main__.main(device="abacus")
+    with pytest.raises(ValueError, match="no CUDA device"):
+        options.Options(device="cuda").checked()
+    assert options.Options().checked().device == "cpu"
 
 
 def test_missing_packages_are_named():
@@ -416,7 +431,7 @@ def test_script_runs_every_phase_and_counts_the_failures(tmp_path):
     # three runs of pytest, two of the sanitizer
     assert done.returncode == 5, (done.stdout, done.stderr)
     assert page.count("FAILED (1)") == 3 and page.count("FAILED (86)") == 2
-    assert "| environment | passed |" in page and page.count("| benchmark") == 6
+    assert "| environment | passed |" in page and page.count("| benchmark") == 7
     assert "built for 9.0a" in (out / "machine.log").read_text()
     assert len(list(out.iterdir())) <= 8
     env["SECONDS_IN_ALL"] = "300"

@@ -100,6 +100,8 @@ def test_wheel_has_one_top_level_package(wheel):
     top = {name.partition("/")[0] for name in names}
     assert top == {"vmtc_kernels", f"vmtc_kernels-{vmtc_kernels.__version__}.dist-info"}
     assert "vmtc_kernels/triton_kernels/__init__.py" in names
+    sources = {f"vmtc_kernels/{path.relative_to(ROOT)}" for path in ROOT.glob("bench/**/*.py")}
+    assert sources <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
