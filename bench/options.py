@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 # what a run measures each provider with: samples, and seconds at most
-EFFORT = {("cpu", False): (41, 20.0), ("cpu", True): (7, 0.5)}
+EFFORT = {("cpu", False): (31, 6.0), ("cpu", True): (7, 0.5)}
 EFFORT |= {("cuda", False): (41, 2.0), ("cuda", True): (15, 0.2)}
 # of the set-ups of a sweep
-SWEPT = {"cpu": (15, 3.0), "cuda": (15, 0.2)}
+SWEPT = {"cpu": (11, 1.5), "cuda": (15, 0.2)}
 
 
 @dataclass(frozen=True)
