@@ -155,7 +155,8 @@ def _reduction(method: Reduction, sets: Sets[Inputs], setup: Setup) -> Provider:
         return method.loop(*(value[0] for value in given(sets.first)), count)
 
     def judge(tokens: Tensor) -> Verdict:
-        tolerance = 1e-5 if tokens.dtype == torch.float32 else 0.02
+        # who is nearest may hang on the last bit, and then a small weight goes to another token
+        tolerance = 1e-3 if tokens.dtype == torch.float32 else 0.02
         found = near(tokens[0].double(), expected().double(), tolerance)
         return replace(found, detail=f"against a loop by its own rule: {found.detail}")
 

@@ -24,6 +24,8 @@ NEAR_TIE = 1e-3
 # ... and for no more than this share of the tokens
 DIFFERING = 0.01
 OBJECTIVE = 1e-3
+# of rivals: rounding at a near tie may lead the same algorithm to another local minimum
+RIVALS_OBJECTIVE = 0.05
 
 
 @dataclass(frozen=True)
@@ -129,19 +131,21 @@ class Task:
         """labels: [B, R] of the first set."""
         return self.problem.judge(labels[self.judged], **options)
 
+    def judge_rival(self, labels: Tensor) -> Verdict:
+        return self.judge(labels, same_labels=False, objective=RIVALS_OBJECTIVE)
+
     def provider(
         self,
         name: str,
         run: Callable[[Tensor], Any],
         *,
         verify: Callable[[Any], Verdict] | None = None,
-        same_labels: bool = False,
         scope: str = CLUSTERS,
         **options: Any,
     ) -> Provider:
         """run: tokens [B, R, D] -> what ``verify`` judges; without it, labels [B, R]."""
         first, *others = self.sets.calls(run)
-        judge = verify or (lambda labels: self.judge(labels, same_labels=same_labels))
+        judge = verify or self.judge_rival
         return Provider(name, "rival", scope, first, judge, others=tuple(others), **options)
 
 

@@ -1,7 +1,7 @@
 """``python -m bench.docs``: put what the kept runs measured into README.md and docs/.
 
-Of each device the newest kept run counts that is of a clean tree and has every suite. Nothing of it
-is typed: tables, sentences and pictures stand between the marks of a section. ``--check`` writes
+Of each device and suite the newest kept run counts that is of a clean tree. Nothing of it is typed:
+tables, sentences and pictures stand between the marks of a section. ``--check`` writes
 nothing, and fails where a page says other than the runs.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,12 @@ README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 
 
 def main(check: bool = False, folder: Path = RESULTS) -> None:
-    runs = newest(folder)
+    kept = newest(folder)
     changed = []
     for page, sections in PAGES.items():
         text = page.read_text()
         for name, write in sections.items():
-            text = put(text, name, write(runs, page), page)
+            text = put(text, name, write(kept, page), page)
         if text != page.read_text():
             changed.append(page.name)
             if not check:
@@ -52,27 +53,63 @@ def main(check: bool = False, folder: Path = RESULTS) -> None:
     if check and changed:
         sys.exit(f"{', '.join(changed)}: not what the runs say; python -m bench.docs mends it")
     if not check:
-        for run in runs:
-            draw(run)
+        for each in kept:
+            draw(each)
 
 
-def newest(folder: Path) -> list[Run]:
-    """Of each device the newest run of a clean tree that has all suites; CPUs first."""
-    found: dict[str, Run] = {}
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of a device: the newest run of each suite."""
+
+    device: str
+    runs: dict[str, Run]
+
+    @property
+    def newest(self) -> Run:
+        return max(self.runs.values(), key=lambda run: str(run.environment["date"]))
+
+    @property
+    def whole(self) -> Run:
+        """All of it as one run, of the newest one's environment."""
+        results = [
+            r for suite, run in self.runs.items() for r in run.results if r["suite"] == suite
+        ]
+        return Run(self.newest.path, self.newest.environment, results)
+
+    def sources(self, page: Path) -> str:
+        """Which files say what, and of which commit."""
+        files: dict[Path, list[str]] = {}
+        for suite, run in self.runs.items():
+            files.setdefault(run.path, []).append(suite)
+        runs = {run.path: run for run in self.runs.values()}
+        return "; ".join(
+            f"{', '.join(suites)}: commit {runs[path].environment['commit']}, {link(path, page)}"
+            for path, suites in files.items()
+        )
+
+
+def newest(folder: Path) -> list[Kept]:
+    """CPUs first. Where a CPU lacks a suite there are no pages to write."""
+    found: dict[str, dict[str, Run]] = {"cpu": {}, "cuda": {}}
     for path in sorted(folder.glob("*.json")):
         try:
             run = read(path)
         except ValueError:
             continue
-        suites = {result["suite"] for result in run.results if "rows" in result}
-        if run.environment["dirty"] or run.environment.get("quick", True) or suites < set(NAMES):
+        if run.environment["dirty"] or run.environment.get("quick", True):
             continue
-        device = run.environment["device"]
-        if device not in found or found[device].environment["date"] < run.environment["date"]:
-            found[device] = run
-    if "cpu" not in found:
-        sys.exit(f"{folder} has no run on a CPU of a clean tree with all suites")
-    return [found[device] for device in ("cpu", "cuda") if device in found]
+        of = found[run.environment["device"]]
+        for suite in {result["suite"] for result in run.results if "rows" in result}:
+            if suite not in of or of[suite].environment["date"] < run.environment["date"]:
+                of[suite] = run
+    missing = [suite for suite in NAMES if suite not in found["cpu"]]
+    if missing:
+        sys.exit(f"{folder} has no run on a CPU of a clean tree of {', '.join(missing)}")
+    return [
+        Kept(device, {suite: runs[suite] for suite in NAMES if suite in runs})
+        for device, runs in found.items()
+        if runs
+    ]
 
 
 def put(text: str, name: str, section: str, page: Path) -> str:
@@ -84,15 +121,16 @@ def put(text: str, name: str, section: str, page: Path) -> str:
     return before + begin + section.rstrip() + "\n" + end + after
 
 
-def picture(run: Run) -> Path:
-    return ROOT / "docs" / f"speed-{run.environment['device']}.png"
+def picture(kept: Kept) -> Path:
+    return ROOT / "docs" / f"speed-{kept.device}.png"
 
 
-def draw(run: Run) -> None:
+def draw(kept: Kept) -> None:
+    from .page import run_section
     from .page.charts import overview
     from .page.svg import png
 
-    png(overview(run), picture(run), run.path.name)
+    png(overview(kept.whole), picture(kept), run_section.source(kept.newest.environment))
 
 
 def link(path: Path, page: Path) -> str:
@@ -100,28 +138,32 @@ def link(path: Path, page: Path) -> str:
     return f"[{path.name}]({up}{path.resolve().relative_to(ROOT)})"
 
 
-def source(run: Run, page: Path) -> str:
-    return f"{headline(run.environment)}: {link(run.path, page)}"
+def machine(kept: Kept) -> str:
+    """The device and its software, without a commit."""
+    return headline(kept.newest.environment).rpartition(", commit ")[0]
 
 
-def speed(runs: list[Run], page: Path) -> str:
+def speed(kept: list[Kept], page: Path) -> str:
     """The README's: ours and the fastest rival of each usual set-up."""
     lines: list[str] = []
-    for run in runs:
+    for each in kept:
         lines += [
-            f"{source(run, page)}. Milliseconds an image or a sequence, median [20th, 80th"
-            " percentile]; every result was checked before it was timed.",
+            f"{machine(each)}. Milliseconds an image or a sequence, median [20th, 80th"
+            " percentile]; every result was checked before it was timed. The rival is the fastest"
+            " one that does the same.",
             "",
             "| | ours | fastest rival | | ours is faster |",
             "|---|---:|---|---:|---:|",
         ]
-        for suite, (results, _, _) in split(run).items():
-            shared = common(results)
-            lines += [_fastest(suite, result, shared) for result in results]
+        for suite, (results, _, _) in split(each.whole).items():
+            if suite != "llava":
+                lines += [_fastest(suite, result, common(results)) for result in results]
         lines += [
             "",
+            f"From {each.sources(page)}.",
+            "",
             f"![How many times as long as ours everybody takes]"
-            f"({picture(run).relative_to(page.parent)})",
+            f"({picture(each).relative_to(page.parent)})",
             "",
         ]
     return "\n".join(lines)
@@ -143,36 +185,36 @@ def timed(row: dict[str, Any] | None) -> str:
     return f"{milliseconds(row['ms']['median'])} {span(row)}" if row["ms"] else row["status"]
 
 
-def model(runs: list[Run], page: Path) -> str:
+def model(kept: list[Kept], page: Path) -> str:
     """The README's sentence on a whole model."""
+    runs = [(each, each.runs["llava"]) for each in kept if "llava" in each.runs]
     return "\n\n".join(
-        f"{device(run)}: {llava_docs.sentence(run)} ({link(run.path, page)})." for run in runs
+        f"{machine(each)}: {llava_docs.sentence(run)} ({link(run.path, page)})."
+        for each, run in runs
     )
 
 
-def device(run: Run) -> str:
-    found = run.environment
-    if "gpu" in found:
-        return found["gpu"]["name"]
-    return f"{found['cpu']}, {found['threads']} threads"
+def models(kept: list[Kept], page: Path) -> str:
+    runs = [(each, each.runs["llava"]) for each in kept if "llava" in each.runs]
+    return "\n".join(
+        f"{machine(each)}, {link(run.path, page)}; {llava_docs.section(run)}" for each, run in runs
+    )
 
 
-def models(runs: list[Run], page: Path) -> str:
-    return "\n".join(f"{source(run, page)}, {llava_docs.section(run)}" for run in runs)
-
-
-def tables(runs: list[Run], page: Path) -> str:
+def tables(kept: list[Kept], page: Path) -> str:
     """Of each usual set-up every provider, and of each sweep how time grows and who is faster."""
     lines: list[str] = []
-    for run in runs:
-        lines += [f"{source(run, page)}; `{run.environment['command']}`. "]
-        if run.environment["ceilings"]:
-            lines[-1] += f"In the same run the machine {reached(run.environment['ceilings'])}."
-        for suite, (results, sweeps, failed) in split(run).items():
+    for each in kept:
+        environment = each.newest.environment
+        lines.append(f"{machine(each)}: `{environment['command']}`.")
+        if environment["ceilings"]:
+            lines[-1] += f" In that run the machine {reached(environment['ceilings'])}."
+        lines[-1] += f" {each.sources(page)}."
+        for suite, (results, sweeps, failed) in split(each.whole).items():
             if suite == "llava":
                 continue
             lines += ["", f"### {suite}", "", *_suite(results)]
-            lines += [f"- failed: {label(each, {})}: {each['error']}" for each in failed]
+            lines += [f"- failed: {label(one, {})}: {one['error']}" for one in failed]
             lines += ["", *(line for sweep in sweeps for line in _sweep(sweep))]
         lines.append("")
     return "\n".join(lines)
@@ -188,8 +230,10 @@ def _suite(results: list[Result]) -> Iterator[str]:
     rows = {row["name"]: row for result in results for row in result["rows"]}
     absent: dict[str, list[str]] = {}
     for name, one in rows.items():
-        found = [next(r for r in result["rows"] if r["name"] == name) for result in results]
-        if any(row["ms"] for row in found):
+        found = [
+            next((row for row in result["rows"] if row["name"] == name), None) for result in results
+        ]
+        if any(row and row["ms"] for row in found):
             cells = [name, one["scope"], *map(timed, found)]
             yield "| " + " | ".join(cells) + " |"
         else:
@@ -219,7 +263,7 @@ def _sweep(sweep: Sweep) -> Iterator[str]:
     )
 
 
-PAGES: dict[Path, dict[str, Callable[[list[Run], Path], str]]] = {
+PAGES: dict[Path, dict[str, Callable[[list[Kept], Path], str]]] = {
     README: {"bench": speed, "model": model},
     BENCHMARKS: {"bench": tables, "llava": models},
 }

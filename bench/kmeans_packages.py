@@ -53,7 +53,7 @@ def _faiss(task: Task) -> Provider:
     # training ends with centroids: their labels are the gate's business and not timed
     def verify(_: None) -> Verdict:
         labels = [torch.from_numpy(image) for image in process().submit(alone.labels).result()]
-        return task.judge(torch.stack(labels), same_labels=False)
+        return task.judge_rival(torch.stack(labels))
 
     return task.provider("faiss", run, verify=verify, missing=missing, traced=False)
 
@@ -76,7 +76,7 @@ def _sklearn(task: Task) -> Provider:
 
     def verify(models: list[Any]) -> Verdict:
         labels = torch.stack([torch.from_numpy(model.labels_) for model in models])
-        return task.judge(labels, same_labels=False)
+        return task.judge_rival(labels)
 
     return task.provider("scikit-learn", run, verify=verify, missing=missing, traced=False)
 
@@ -110,7 +110,7 @@ def _fast_pytorch_kmeans(task: Task) -> Provider:
 
     # the labels that it returns are older than its centroids
     def verify(model: Any) -> Verdict:
-        return task.judge(model.predict(task.sets.first), same_labels=False)
+        return task.judge_rival(model.predict(task.sets.first))
 
     return task.provider("fast-pytorch-kmeans", run, verify=verify, missing=missing, launch="eager")
 
@@ -157,7 +157,7 @@ def _flash_kmeans(task: Task) -> Provider:
             labels = kernels.cosine_assign_triton(f, centroids)
         else:
             labels = kernels.euclid_assign_triton(x, centroids, x.float().square().sum(-1))
-        return task.judge(labels, same_labels=False)
+        return task.judge_rival(labels)
 
     return task.provider(
         "flash-kmeans, eager",

@@ -25,19 +25,20 @@ def rivals(task: Task) -> list[Provider]:
     pairs = f"all pairs of {tokens} tokens are too many" if tokens > MOST_PAIRED else None
     graph = ", graph" if task.machine.gpu else ""
     found = []
-    for name, form, missing, same in (
-        ("torch Gram", torch_gram, pairs, True),
-        ("torch direct", torch_direct, None, not task.machine.gpu),
+    for name, form, missing in (
+        ("torch Gram", torch_gram, pairs),
+        ("torch direct", torch_direct, None),
     ):
-        own: dict[str, Any] = {"same_labels": same, "missing": missing}
         labels = _labels(task, form)
         compiled = _labels(task, _compiled(form))
         found += [
-            task.provider(f"{name}{graph}", labels, **own),
-            task.provider(f"{name}, compiled{graph}", compiled, slow="it compiles", **own),
+            task.provider(f"{name}{graph}", labels, missing=missing),
+            task.provider(
+                f"{name}, compiled{graph}", compiled, slow="it compiles", missing=missing
+            ),
         ]
         if task.machine.gpu:
-            found.append(task.provider(f"{name}, eager", labels, launch="eager", **own))
+            found.append(task.provider(f"{name}, eager", labels, launch="eager", missing=missing))
     return found
 
 
