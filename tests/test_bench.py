@@ -38,7 +38,7 @@ from bench import (
 )
 from bench.case import Target
 from bench.focus import Setup as Focus
-from bench.machine import CPU, Machine
+from bench.machine import CPU, Machine, Sets
 from bench.runner import Effort
 
 TINY = bench_merge_tokens.Setup("field", D=32, B=2, N=64, P=16, K=4)
@@ -201,6 +201,21 @@ def test_near_tie_is_accepted():
     assert problem._tie(other) == 0
     other[0, 3] = 1
     assert problem._tie(other) == torch.inf
+
+
+def test_a_rival_may_end_in_another_minimum_but_not_far():
+    x = torch.arange(10.0).view(1, 10, 1)
+    halves = (x[..., 0] >= 5).long()
+    problem = clustering.Problem(x, 2, 1, halves, torch.tensor([[[2.0], [7.0]]]))
+    # a cluster of four and one of six: 22.5 for 20
+    other = (x[..., 0] >= 4).long()
+    assert problem.judge(1 - halves, same_labels=False).ok
+    for objective, ok in ((0.12, False), (0.13, True)):
+        found = problem.judge(other, same_labels=False, objective=objective)
+        assert (found.ok, "+12.50%" in found.detail) == (ok, True)
+    sets = Sets(1, lambda _: x)
+    task = clustering.Task(sets, x.shape, x.dtype, 2, 1, "euclidean", CPU, 1)
+    assert task.judge_rival(task.problem.labels).ok and not task.judge_rival(other).ok
 
 
 def test_targets_compare_medians():

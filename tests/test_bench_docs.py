@@ -15,7 +15,6 @@ for extra in ("threadpoolctl", "rich", "typer", "pytest_benchmark", "matplotlib"
     pytest.importorskip(extra)
 
 from bench import docs, record
-from bench.record import Run
 from bench.suites import NAMES
 
 ENVIRONMENT = {
@@ -84,17 +83,25 @@ def run(tmp_path, monkeypatch):
     return record.read(path)
 
 
+def kept(run):
+    return docs.Kept("cpu", dict.fromkeys((name for name in NAMES if name != "llava"), run))
+
+
 def test_readme_shows_the_fastest_rival_by_the_same_rule(run, tmp_path):
-    text = docs.speed([run], tmp_path / "README.md")
-    assert "[some-cpu-abc.json](bench/results/some-cpu-abc.json)" in text and "Some CPU" in text
+    text = docs.speed([kept(run)], tmp_path / "README.md")
+    assert "merge, focus, decode: commit abc, [some-cpu-abc.json](bench/results/" in text
+    assert "Some CPU" in text and "**llava**" not in text
     assert "| **merge** N=100 | 1.00 [0.90, 1.10] | them | 4.00 [3.60, 4.40] | 4.00x |" in text
     assert "| **merge** N=300 | 3.00 [2.70, 3.30] | them | 4.00 [3.60, 4.40] | 1.33x |" in text
     assert "](docs/speed-cpu.png)" in text
 
 
 def test_benchmarks_has_every_provider_and_every_sweep(run, tmp_path):
-    text = docs.tables([run], tmp_path / "docs" / "benchmarks.md")
+    # a provider that one set-up has not
+    run.results[0]["rows"].append(row("only here", "rival", 3.0))
+    text = docs.tables([kept(run)], tmp_path / "docs" / "benchmarks.md")
     assert "[some-cpu-abc.json](../bench/results/some-cpu-abc.json)" in text
+    assert "| only here | everything | 3.00 [2.70, 3.30] |  |" in text
     assert "copies 20 GB/s" in text and "`vmtc bench --sweeps --json`" in text
     assert "### merge" in text and "### llava" not in text
     assert "| quick ones | by its own rule: less | 0.50 [0.45, 0.55] | 0.50 [0.45, 0.55] |" in text
@@ -104,29 +111,41 @@ def test_benchmarks_has_every_provider_and_every_sweep(run, tmp_path):
     assert "at N = 800 ours is slower" in swept.partition("Without")[2]
 
 
-def test_newest_clean_run_of_each_device_counts(run, tmp_path):
+def test_newest_clean_run_of_each_device_and_suite_counts(run, tmp_path):
     folder = run.path.parent
 
-    def keep(name, complete=True, **changes):
-        results = [*run.results, *([result("llava")] if complete else [])]
+    def keep(name, suites=NAMES, **changes):
+        results = [result(suite) for suite in suites]
         record.write(folder / f"{name}.json", {**ENVIRONMENT, **changes}, results)
 
-    with pytest.raises(SystemExit, match="no run on a CPU"):
+    with pytest.raises(SystemExit, match="no run on a CPU of a clean tree of llava"):
         docs.newest(folder)
     keep("older")
     keep("newer", date="2026-01-03T00:00:00+00:00")
     keep("dirty", date="2026-01-04T00:00:00+00:00", dirty=True)
     keep("quick", date="2026-01-04T00:00:00+00:00", quick=True)
-    keep("part", date="2026-01-04T00:00:00+00:00", complete=False)
-    keep("gpu", device="cuda", gpu={"name": "Some GPU"})
+    keep("part", ["merge", "kmeans"], date="2026-01-04T00:00:00+00:00", commit="def")
+    keep("gpu", ["focus"], device="cuda", gpu={"name": "Some GPU"})
     (folder / "other.json").write_text("{}")
-    assert [found.path.stem for found in docs.newest(folder)] == ["newer", "gpu"]
+    cpu, gpu = docs.newest(folder)
+    assert (cpu.device, gpu.device, list(gpu.runs)) == ("cpu", "cuda", ["focus"])
+    assert {suite: run.path.stem for suite, run in cpu.runs.items()} == {
+        **dict.fromkeys(NAMES, "newer"),
+        "merge": "part",
+        "kmeans": "part",
+    }
+    assert [found["suite"] for found in cpu.whole.results] == list(NAMES)
+    assert cpu.newest.path.stem == "part"
+    assert cpu.sources(tmp_path / "README.md") == (
+        "importance, focus, decode, llava: commit abc, [newer.json](bench/results/newer.json);"
+        " kmeans, merge: commit def, [part.json](bench/results/part.json)"
+    )
 
 
 def test_a_page_is_rewritten_between_its_marks(run, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     monkeypatch.setattr(docs, "newest", lambda _: [run])
-    monkeypatch.setattr(docs, "PAGES", {page: {"bench": lambda runs, _: runs[0].path.name}})
+    monkeypatch.setattr(docs, "PAGES", {page: {"bench": lambda all_, _: all_[0].path.name}})
     drawn = []
     monkeypatch.setattr(docs, "draw", drawn.append)
     page.write_text("above\n")
@@ -143,7 +162,6 @@ def test_a_page_is_rewritten_between_its_marks(run, tmp_path, monkeypatch):
 
 
 def test_pages_of_the_project_say_what_its_runs_say():
-    assert isinstance(docs.newest(docs.RESULTS)[0], Run)
     docs.main(check=True)
-    for run in docs.newest(docs.RESULTS):
-        assert docs.picture(run).exists()
+    for each in docs.newest(docs.RESULTS):
+        assert docs.picture(each).exists()
