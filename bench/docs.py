@@ -162,8 +162,12 @@ def speed(kept: list[Kept], page: Path) -> str:
             "",
             f"From {each.sources(page)}.",
             "",
+            "<details><summary>Everybody in one picture</summary>",
+            "",
             f"![How many times as long as ours everybody takes]"
             f"({picture(each).relative_to(page.parent)})",
+            "",
+            "</details>",
             "",
         ]
     return "\n".join(lines)
