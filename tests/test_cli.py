@@ -158,6 +158,16 @@ main()
 def test_benchmarks_are_a_command_with_an_extra_of_its_own(vmtc):
     code, stdout, _ = vmtc("bench", "--help")
     assert code == 0 and all(word in stdout for word in ("run", "report", "compare"))
+    alone = """
+import sys
+sys.modules["skimage"] = None
+sys.argv = ["vmtc", "bench", "--device", "abacus"]
+from vmtc_kernels.cli import main
+main()
+"""
+    result = run_python(alone)
+    assert result.returncode == 2 and "cpu, cuda, got abacus" in words(result.stderr)
+    assert "Usage: vmtc bench run" in result.stderr
     code = """
 from vmtc_kernels.cli import main
 sys.argv = ["vmtc", "bench", "--quick"]
