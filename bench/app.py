@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -104,6 +105,7 @@ def run(
                 write(path, described, results)
             if options.device == "cuda":
                 # the graphs of this set-up hold memory that the next one may need
+                gc.collect()
                 torch.cuda.empty_cache()
     report.summary(console, results)
     if path:

@@ -106,6 +106,10 @@ class GpuMeter:
 
     def prepare(self, provider: Provider) -> tuple[Call, int]:
         calls = (provider.run, *provider.others)
+        # each makes its inputs when it is first called, which is no part of a graph
+        for call in calls:
+            call()
+        self.device.synchronize()
         if provider.launch == "graph" and not self.eager:
             return self.device.capture(calls), len(calls)
 

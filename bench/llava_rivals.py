@@ -151,8 +151,8 @@ def visionzip_loop(x: Tensor, scores: Tensor, keys: Tensor, contextual: int, cou
     kept, rest = sorted(order[: count - contextual]), sorted(order[count - contextual :])
     targets = rest[:: max(1, len(rest) // contextual)][:contextual]
     unit = [key / key.norm() for key in keys]
-    groups = {target: [target] for target in targets}
+    groups, ends = {target: [target] for target in targets}, torch.stack([unit[t] for t in targets])
     for token in rest:
         if token not in groups:
-            groups[max(targets, key=lambda t: float(unit[token] @ unit[t]))].append(token)
+            groups[targets[int((ends @ unit[token]).argmax())]].append(token)
     return torch.stack([x[i] for i in kept] + [x[group].mean(0) for group in groups.values()])

@@ -127,6 +127,28 @@ def test_time_is_that_of_one_call_of_one_set(launch):
     assert row.host_ms > 0
 
 
+def test_inputs_are_made_before_a_graph_is_captured():
+    class Captures(Processor):
+        capturing = False
+
+        def capture(self, calls):
+            self.capturing = True
+            for call in calls:
+                call()
+            self.capturing = False
+            return super().capture(calls)
+
+    def make(seed):
+        assert not device.capturing
+        made.append(seed)
+        return seed
+
+    made, device = [], Captures()
+    it = provider(PRETENDED.sets(make, 10).calls(lambda seed: seed))
+    (row,) = run(one_case(it), device).rows
+    assert row.status == "ok" and made == [0, 1]
+
+
 def test_a_graph_may_be_turned_down():
     class Refuses(Processor):
         def capture(self, calls):
