@@ -51,12 +51,18 @@ class Options:
             raise ValueError(f"no set-up has {self.only!r} in its name")
         return found
 
-    def plan(self) -> list[Any]:
+    @property
+    def machine(self) -> Any:
         from .machine import CPU, GPU
+
+        return GPU if self.device == "cuda" else CPU
+
+    def plan(self) -> list[Any]:
         from .suites import plan
 
-        machine = GPU if self.device == "cuda" else CPU
-        return plan(machine, self.suites, self.only, self.size, self.usual, self.sweeps, self.quick)
+        return plan(
+            self.machine, self.suites, self.only, self.size, self.usual, self.sweeps, self.quick
+        )
 
     def meter(self) -> Any:
         from . import environment, gpu_timing, runner
@@ -68,14 +74,12 @@ class Options:
 
     def describe(self, meter: Any) -> dict[str, Any]:
         from . import ceilings, environment
-        from .machine import CPU, GPU
 
-        machine = GPU if self.device == "cuda" else CPU
         return {
             **environment.describe(self.threads, self.device),
             "eager": self.eager,
             "quick": self.quick,
-            "ceilings": ceilings.measure(meter, machine),
+            "ceilings": ceilings.measure(meter, self.machine),
         }
 
     def effort(self, planned: Any) -> Any:
