@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import VMTCConfig
-from ._layout import Layout, by_size, uniform
+from .._layout import Layout, by_size, uniform
 
 
 class Family:

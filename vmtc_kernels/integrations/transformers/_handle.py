@@ -11,6 +11,7 @@ from transformers.models.auto import processing_auto
 
 from ...config import CMAIConfig, VMTCConfig
 from ...focus_attention import FocusAttention
+from .._merging import Merged
 from ._attached import Attached
 from ._families import Family, family_of
 from ._focus import Focus
@@ -18,7 +19,7 @@ from ._paged_rotary import PagedRotary
 from ._prompt import Padding, shrink
 from ._requests import Requests
 from ._rotary import RotaryPositions
-from ._vision import Merged, Run, Vision
+from ._vision import Run, Vision
 
 
 @dataclass

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._layout import Layout
 from ._attached import Attached
 from ._families import Family
-from ._layout import Layout
 
 IMAGE, VIDEO = 1, 2  # in mm_token_type_ids
 KEY = "vmtc_shown"

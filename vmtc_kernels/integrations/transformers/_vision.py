@@ -7,12 +7,14 @@ import inspect
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...config import VMTCConfig
+from .._layout import Layout
+from .._merging import Merged, merge_alike, merge_rows
 from ._attached import Attached
 from ._checks import (
     check_gradients,
@@ -22,19 +24,6 @@ from ._checks import (
     scores_by_cls,
 )
 from ._families import Family
-from ._layout import Layout
-
-
-class Merged(NamedTuple):
-    """Units of the same size: rows i64 [units, tokens] of the projector; owner, the slot of each
-    token, -1 of one that is dropped; scores; place i64 [units, slots], the token whose place a
-    slot takes; sizes."""
-
-    rows: Tensor
-    owner: Tensor
-    scores: Tensor
-    place: Tensor
-    sizes: Tensor
 
 
 @dataclass
@@ -195,45 +184,8 @@ class Vision(Attached):
         scores = self.family.scores(self.config, run.kept, self.cls)
         check_gradients(run.kept, x)
         run.kept.clear()  # a layer's queries and keys are large
-        tokens, rows = [x[layout.fixed]], [layout.fixed]
-        for group in layout.groups:
-            slots = sum(layout.counts(self.config, group.shape[1]))
-            if slots == group.shape[1]:
-                owner = torch.arange(slots, device=x.device).expand_as(group)
-                merged = Merged(group, owner, scores[group], owner, torch.ones_like(group))
-                tokens.append(x[group].flatten(0, 1))
-            else:
-                few = self.config.merge(x[group], scores[group], features=features[group])
-                owner = few.owner.long()
-                place = _heaviest(owner, scores[group], slots)
-                merged = Merged(group, owner, scores[group], place, few.sizes)
-                tokens.append(few.tokens.flatten(0, 1))
-            run.merged.append(merged)
-            rows.append(group.gather(1, merged.place).flatten())
-        run.rows, order = torch.cat(rows).sort()
-        return torch.cat(tokens)[order]
-
-    def _merge_alike(self, run: Run, x: Tensor) -> Tensor:
-        """What the same owners make of other features: ``[R, D]``, merged at the rows left."""
-        out = x.clone()
-        for rows, owner, scores, place, _ in run.merged:
-            weight = scores.nan_to_num(0.0).clamp(min=0)
-            if self.config.weighting == "uniform":
-                weight = torch.ones_like(weight)
-            units, slots = place.shape
-            owner = _slot(owner, slots)
-            none = weight.new_zeros(units, slots + 1)
-            total = none.scatter_add(1, owner, weight)
-            weight = torch.where(total.gather(1, owner) > 0, weight, 1.0)
-            total = none.scatter_add(1, owner, weight)
-            share = (weight / total.gather(1, owner))[..., None]
-            tokens = weight.new_zeros(units, slots + 1, x.shape[1])
-            index = owner[..., None].expand(-1, -1, x.shape[1])
-            tokens = tokens.scatter_add(1, index, share * x[rows].float())[:, :slots]
-            out = out.index_copy(
-                0, rows.gather(1, place).flatten(), tokens.flatten(0, 1).to(x.dtype)
-            )
-        return out
+        tokens, run.rows, run.merged = merge_rows(layout, self.config, x, scores, features)
+        return tokens
 
     def _spread(self, run: Run, tokens: Tensor) -> Tensor:
         """``[R, D]``: the tokens at their rows, zeros elsewhere."""
@@ -310,7 +262,7 @@ class Vision(Attached):
             whole = aside if isinstance(aside, Tensor) else torch.cat(list(aside))
             if not self.family.merged_aside(i, self.config):
                 rows = run.layout.rows
-                whole = self._merge_alike(run, whole[rows.argsort()])[rows]
+                whole = merge_alike(run.merged, self.config, whole[rows.argsort()])[rows]
             if isinstance(aside, Tensor):
                 output.deepstack_features[i] = whole[shown]
             else:
@@ -328,24 +280,6 @@ def _choose(images: Any, shown: Tensor) -> Any:
         for image, part in zip(images, shown.split(sizes), strict=True)
     ]
     return type(images)(parts)
-
-
-def _heaviest(owner: Tensor, scores: Tensor, slots: int) -> Tensor:
-    """i64 ``[units, slots]``: in each slot the token of the highest score, the first of equals."""
-    tokens, owner = owner.shape[1], _slot(owner, slots)
-    # no score is beside these, so that every slot has a token that reaches its maximum
-    scores = scores.detach().float().nan_to_num(nan=-torch.inf)
-    best = scores.new_full((len(owner), slots + 1), -torch.inf)
-    best = best.scatter_reduce(1, owner, scores, "amax")
-    index = torch.arange(tokens, device=owner.device)
-    index = torch.where(scores == best.gather(1, owner), index, tokens)
-    first = torch.full_like(best, tokens, dtype=torch.int64)
-    return first.scatter_reduce(1, owner, index, "amin")[:, :slots]
-
-
-def _slot(owner: Tensor, slots: int) -> Tensor:
-    """The owners, where tokens that are dropped have one more slot behind the others."""
-    return torch.where(owner < 0, slots, owner)
 
 
 def _states(output: Any) -> Tensor:

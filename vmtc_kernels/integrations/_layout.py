@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...config import VMTCConfig
+from ..config import VMTCConfig
 
 
 class Layout(NamedTuple):
