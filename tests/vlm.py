@@ -242,16 +242,23 @@ def _qwen(family, layers=3, vision_layers=4):
     images = transformers.Qwen2VLImageProcessorPil(size=PIXELS, patch_size=PATCH, merge_size=MERGE)
     template = _template(family, bos=False)
     processor = (Qwen3 if third else Qwen2_5)(images, tokenizer, chat_template=template)
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    head = SMALL["hidden_size"] // SMALL["num_attention_heads"]
+    sections = [head // 4, head // 8, head // 8]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
     if third:
         vision = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]}
-        text = _text(tokenizer, layers, rope_parameters=rope, head_dim=8)
+        text = _text(tokenizer, layers, rope_parameters=rope, head_dim=head)
     else:
         # windows of 2 x 2 tokens, of which any photo has several
         vision = {"window_size": 2 * MERGE * PATCH, "fullatt_block_indexes": [1, 3]}
         text = _text(tokenizer, layers, rope_parameters=rope)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "depth": vision_layers}
-    vision |= {**sizes, "out_hidden_size": 32, "patch_size": PATCH, "spatial_merge_size": MERGE}
+    vision |= {
+        **sizes,
+        "out_hidden_size": SMALL["hidden_size"],
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+    }
     config = (transformers.Qwen3VLConfig if third else transformers.Qwen2_5_VLConfig)(
         vision_config={**vision, "initializer_range": 0.2},
         text_config=text,

@@ -1,0 +1,59 @@
+"""The entry point: models of ours under names of their own, and a look at each configuration."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from ._settings import ATTRIBUTE, asked, parse
+
+MODELS = __package__ + "._models"
+# an architecture that vLLM knows, and the class of ours that takes its place where it is asked for
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": "VMTCLlava",
+    "LlavaNextForConditionalGeneration": "VMTCLlavaNext",
+    "Qwen2_5_VLForConditionalGeneration": "VMTCQwen25VL",
+}
+TESTED = ("0.32",)
+
+
+def register() -> None:
+    """Called by vLLM in each of its processes, any number of times.
+
+    Nothing is imported, registered for use or printed until an engine is configured with the
+    settings. There is no interface by which a plugin sees an engine's configuration, so the method
+    by which it completes itself is wrapped.
+    """
+    from vllm import ModelRegistry
+    from vllm.config import VllmConfig
+
+    for name in ARCHITECTURES.values():
+        ModelRegistry.register_model(name, f"{MODELS}:{name}")
+    complete = VllmConfig.try_verify_and_update_config
+    if hasattr(complete, "__wrapped__"):
+        return
+
+    @functools.wraps(complete)
+    def completed(self: Any) -> None:
+        complete(self)
+        configure(self)
+
+    VllmConfig.try_verify_and_update_config = completed
+
+
+def configure(vllm_config: Any) -> None:
+    """Put the settings, if there are any, into the configuration of an engine.
+
+    Raises ValueError and NotImplementedError for what cannot be done, before the engine starts.
+    """
+    model_config = vllm_config.model_config
+    given = asked(vllm_config.additional_config)
+    if not given or model_config is None or hasattr(model_config.hf_config, ATTRIBUTE):
+        return
+    settings = parse(given)
+    from ._startup import check
+
+    check(vllm_config, settings)
+    setattr(model_config.hf_config, ATTRIBUTE, given)
+    # what the engine loads by; its own idea of what the model can do stays as it is
+    model_config.hf_config.architectures = [ARCHITECTURES[model_config.architecture]]

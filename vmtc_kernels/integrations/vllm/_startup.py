@@ -1,0 +1,140 @@
+"""What is refused before an engine starts, each by its name and with the reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vllm
+
+from ...config import VMTCConfig
+from ._plugin import ARCHITECTURES, TESTED
+from ._settings import Settings
+
+
+def check(vllm_config: Any, settings: Settings) -> None:
+    """Raises ValueError or NotImplementedError."""
+    model_config = vllm_config.model_config
+    if not vllm.__version__.startswith(TESTED):
+        raise NotImplementedError(
+            f"vmtc_kernels was tested with vLLM {', '.join(TESTED)}.*, this is {vllm.__version__}"
+        )
+    if model_config.architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"vmtc_kernels does not support {model_config.architecture} in vLLM, only"
+            f" {', '.join(ARCHITECTURES)}"
+        )
+    if settings.vmtc is not None:
+        _check_vmtc(vllm_config, settings.vmtc)
+    if settings.cmai is not None:
+        from . import _focus
+
+        _focus.check(vllm_config, settings.cmai)
+
+
+def _check_vmtc(vllm_config: Any, config: VMTCConfig) -> None:
+    hf_config = vllm_config.model_config.hf_config
+    multimodal, parallel = vllm_config.model_config.multimodal_config, vllm_config.parallel_config
+    qwen = hf_config.model_type.startswith("qwen")
+    vision = hf_config.vision_config
+    if not qwen and vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        raise ValueError(
+            f"vmtc: a vision tower of type {vision.model_type!r} is not supported in vLLM, only"
+            " clip_vision_model and siglip_vision_model"
+        )
+    _refuse(
+        {
+            "cudagraph_mm_encoder": vllm_config.compilation_config.cudagraph_mm_encoder,
+            "compile_mm_encoder": vllm_config.compilation_config.compile_mm_encoder,
+        },
+        "runs the encoder without the hooks by which it is compressed",
+    )
+    _refuse(
+        {
+            "mm_encoder_tp_mode='data'": multimodal.mm_encoder_tp_mode == "data"
+            and parallel.tensor_parallel_size > 1
+        },
+        "gives each rank other images, of which all must know the scores",
+    )
+    lora = vllm_config.lora_config
+    _refuse(
+        {"enable_tower_connector_lora": bool(lora and lora.enable_tower_connector_lora)},
+        "replaces the encoder's projections",
+    )
+    if qwen:
+        flashinfer = "FLASHINFER" in str(multimodal.mm_encoder_attn_backend)
+        _refuse({"mm_encoder_attn_backend='FLASHINFER'": flashinfer}, "hides the encoder's windows")
+        _refuse(
+            {"video_pruning_rate": bool(multimodal.video_pruning_rate)},
+            "changes the positions of a prompt too",
+        )
+        _refuse(
+            {
+                "pipeline_parallel_size": parallel.pipeline_parallel_size > 1,
+                "speculative_config": vllm_config.speculative_config is not None,
+                "cudagraph_mode='FULL'": getattr(
+                    vllm_config.compilation_config.cudagraph_mode, "name", None
+                )
+                == "FULL",
+            },
+            "runs layers that do not see the positions of the tokens that stay",
+        )
+    _check_layers(hf_config, config, qwen)
+    if not qwen:
+        # the tokens of an image or tile; of Qwen's any number, which each request is asked for
+        config.counts((vision.image_size // vision.patch_size) ** 2)
+
+
+def _check_layers(hf_config: Any, config: VMTCConfig, qwen: bool) -> None:
+    vision = hf_config.vision_config
+    depth = vision.depth if qwen else vision.num_hidden_layers
+    used = depth
+    if not qwen:
+        features = hf_config.vision_feature_layer
+        if not isinstance(features, int):
+            raise ValueError(
+                "vmtc: features of several layers (vision_feature_layer) are not supported"
+            )
+        # hidden state i is the output of layer i - 1
+        used = features % (depth + 1)
+    cls = not qwen and vision.model_type == "clip_vision_model"
+    if config.score_source == "cls" and not cls:
+        raise ValueError(
+            f"vmtc: score_source is 'cls', but the encoder of {hf_config.model_type} has no [CLS]:"
+            " use 'received' or 'auto'"
+        )
+    layers = {
+        name: value
+        for name in ("score_layer", "feature_layer", "placement")
+        if isinstance(value := getattr(config, name), int)
+    }
+    for name, value in layers.items():
+        if not -depth <= value < depth:
+            raise ValueError(
+                f"vmtc: {name} is {value}, the encoder has {depth} layers: -{depth} to {depth - 1}"
+            )
+        if value % depth >= used:
+            raise ValueError(
+                f"vmtc: {name} is layer {value % depth}, but vLLM loads {used} layers, counted"
+                " from 0"
+            )
+    if "placement" not in layers:
+        return
+    placement = layers["placement"] % depth
+    if hf_config.model_type != "llava":
+        raise NotImplementedError(
+            f"vmtc: {hf_config.model_type} cannot be shortened inside its encoder in vLLM: use"
+            " placement 'before_projector' or 'after_projector'"
+        )
+    last = max(layers[name] % depth for name in layers if name != "placement")
+    if not last <= placement < used - 1:
+        raise ValueError(
+            f"vmtc: placement is after layer {placement}, which must be one from {last}, the last"
+            f" that scores or gives features, to {used - 2}: the output of layer {used - 1} is what"
+            " the model takes"
+        )
+
+
+def _refuse(options: dict[str, bool], reason: str) -> None:
+    for name, given in options.items():
+        if given:
+            raise NotImplementedError(f"vmtc: {name} {reason}: start the engine without it")
