@@ -61,6 +61,7 @@ def _check_vmtc(vllm_config: Any, config: VMTCConfig) -> None:
         "replaces the encoder's projections",
     )
     if qwen:
+        graphs = vllm_config.compilation_config.cudagraph_mode
         flashinfer = "FLASHINFER" in str(multimodal.mm_encoder_attn_backend)
         _refuse({"mm_encoder_attn_backend='FLASHINFER'": flashinfer}, "hides the encoder's windows")
         _refuse(
@@ -71,10 +72,7 @@ def _check_vmtc(vllm_config: Any, config: VMTCConfig) -> None:
             {
                 "pipeline_parallel_size": parallel.pipeline_parallel_size > 1,
                 "speculative_config": vllm_config.speculative_config is not None,
-                "cudagraph_mode='FULL'": getattr(
-                    vllm_config.compilation_config.cudagraph_mode, "name", None
-                )
-                == "FULL",
+                "cudagraph_mode='FULL'": getattr(graphs, "name", None) == "FULL",
             },
             "runs layers that do not see the positions of the tokens that stay",
         )
