@@ -19,7 +19,7 @@ import transformers
 import vlm
 from safetensors.torch import load_file, save_file
 
-FAMILIES = ("llava", "llava_next", "qwen2_5_vl")
+FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl")
 # heads of 32 features, the fewest that vLLM's attention on a CPU takes
 WIDE = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 4}
 
@@ -34,15 +34,15 @@ def save(folder, family="llava", **options):
     transformers.logging.disable_progress_bar()
     model.save_pretrained(folder)
     if family in vlm.QWEN:
-        video = transformers.Qwen2VLVideoProcessor(
-            size=vlm.PIXELS, patch_size=vlm.PATCH, merge_size=vlm.MERGE
-        )
-        processor = transformers.Qwen2_5_VLProcessor(
-            transformers.Qwen2VLImageProcessor(
-                size=vlm.PIXELS, patch_size=vlm.PATCH, merge_size=vlm.MERGE
-            ),
+        third = family == "qwen3_vl"
+        names = ("Qwen3VLProcessor", "Qwen3VLVideoProcessor")
+        names = names if third else ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor")
+        kind, videos = (getattr(transformers, name) for name in names)
+        sizes = {"size": vlm.PIXELS, "patch_size": vlm.PATCH, "merge_size": vlm.MERGE}
+        processor = kind(
+            transformers.Qwen2VLImageProcessor(**sizes),
             processor.tokenizer,
-            video,
+            videos(**sizes),
             chat_template=processor.chat_template,
         )
     processor.save_pretrained(folder)

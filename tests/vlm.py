@@ -246,6 +246,7 @@ def _qwen(family, layers=3, vision_layers=4):
     sections = [head // 4, head // 8, head // 8]
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}
     if third:
+        rope["mrope_interleaved"] = True
         vision = {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 2]}
         text = _text(tokenizer, layers, rope_parameters=rope, head_dim=head)
     else:

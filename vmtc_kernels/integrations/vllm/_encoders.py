@@ -189,7 +189,8 @@ class Clip(Encoder):
 
 
 class Qwen(Encoder):
-    """Sequences of patches without padding, in windows, four of which are a token."""
+    """Sequences of patches without padding, four of which are a token; in 2.5 they are in the order
+    of windows."""
 
     attention = "attn"
     qkv = "qkv"
@@ -203,11 +204,13 @@ class Qwen(Encoder):
         self.projector = visual.merger
 
     def images(self, grids: list[list[int]]) -> Images:
-        """By their grids (frames, rows, columns of patches); the rows are in windows."""
+        """By their grids: frames, rows and columns of patches."""
         counts = [t * h * w // self.patches for t, h, w in grids]
         units, rows, size = [], [], 0
         for (t, h, w), count in zip(grids, counts, strict=True):
-            order = self.visual.get_window_index_thw(t, h, w)[0]
+            order = torch.arange(count)
+            if hasattr(self.visual, "get_window_index_thw"):
+                order = self.visual.get_window_index_thw(t, h, w)[0]
             units.append(list(torch.arange(size, size + count).split(count // max(t, 1))))
             rows.append(order.argsort() + size)
             size += count

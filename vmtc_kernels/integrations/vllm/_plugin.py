@@ -7,12 +7,12 @@ from typing import Any
 
 from ._settings import ATTRIBUTE, asked, parse
 
-MODELS = __package__ + "._models"
-# an architecture that vLLM knows, and the class of ours that takes its place where it is asked for
+# architectures that vLLM knows, and the classes of ours that take their place where that is asked
 ARCHITECTURES = {
-    "LlavaForConditionalGeneration": "VMTCLlava",
-    "LlavaNextForConditionalGeneration": "VMTCLlavaNext",
-    "Qwen2_5_VLForConditionalGeneration": "VMTCQwen25VL",
+    "LlavaForConditionalGeneration": "_models:VMTCLlava",
+    "LlavaNextForConditionalGeneration": "_models:VMTCLlavaNext",
+    "Qwen2_5_VLForConditionalGeneration": "_qwen:VMTCQwen25VL",
+    "Qwen3VLForConditionalGeneration": "_qwen:VMTCQwen3VL",
 }
 TESTED = ("0.32",)
 
@@ -27,8 +27,8 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.config import VllmConfig
 
-    for name in ARCHITECTURES.values():
-        ModelRegistry.register_model(name, f"{MODELS}:{name}")
+    for path in ARCHITECTURES.values():
+        ModelRegistry.register_model(path.split(":")[1], f"{__package__}.{path}")
     complete = VllmConfig.try_verify_and_update_config
     if hasattr(complete, "__wrapped__"):
         return
@@ -56,4 +56,4 @@ def configure(vllm_config: Any) -> None:
     check(vllm_config, settings)
     setattr(model_config.hf_config, ATTRIBUTE, given)
     # what the engine loads by; its own idea of what the model can do stays as it is
-    model_config.hf_config.architectures = [ARCHITECTURES[model_config.architecture]]
+    model_config.hf_config.architectures = [ARCHITECTURES[model_config.architecture].split(":")[1]]

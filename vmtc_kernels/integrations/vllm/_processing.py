@@ -78,6 +78,13 @@ class Processing(Base):
             inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=known)
         return super()._get_mm_hashes(inputs)  # type: ignore[misc]
 
+    def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Any:
+        given = inputs.hf_processor_mm_kwargs
+        kwargs = super()._get_cache_missing_processor_kwargs(  # type: ignore[misc]
+            dataclasses.replace(inputs, hf_processor_mm_kwargs=stock(given)), mm_is_cached
+        )
+        return {**kwargs, KEY: given[KEY]} if KEY in given else kwargs
+
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
         processed = super()._apply_hf_processor_main(  # type: ignore[misc]
             mm_items=mm_items, hf_kwargs=stock(hf_kwargs)
@@ -167,6 +174,11 @@ class QwenInfo(Base):
     """Before a processing info of vLLM in the order of a class's bases."""
 
     ctx: Any
+
+    def _merge_and_resolve_mm_processor_kwargs(self, mm_kwargs: Mapping[str, Any]) -> Any:
+        return super()._merge_and_resolve_mm_processor_kwargs(  # type: ignore[misc]
+            stock(mm_kwargs)
+        )
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Any:
         most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)  # type: ignore[misc]

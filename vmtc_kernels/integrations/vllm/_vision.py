@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...config import VMTCConfig
-from .._merging import merge_rows
+from .._merging import Merged, merge_rows
 from ._encoders import Encoder, Images
 
 
@@ -24,6 +24,7 @@ class Run:
     configs: list[VMTCConfig]
     kept: dict[str, Any] = field(default_factory=dict)  # of the layer that scores
     features: Tensor | None = None  # [R, Df], what is clustered if not the tokens themselves
+    merged: list[tuple[VMTCConfig, list[Merged]]] = field(default_factory=list)
     rows: Tensor | None = None  # i64 [M], ascending: the row of each token that is left
     lead: tuple[int, ...] = ()  # of the projector's output, had nothing been merged
 
@@ -88,12 +89,14 @@ class Vision:
             features = self.encoder.keys(run.kept)
         scores = self.encoder.scores(self.config, run.kept, self.cls)
         run.kept.clear()  # a layer's queries and keys are large
-        parts = [
-            merge_rows(layout.to(x.device), config, x, scores, features)[:2]
-            for config, layout in run.images.layouts(run.configs)
-        ]
-        run.rows, order = torch.cat([rows for _, rows in parts]).sort()
-        return torch.cat([tokens for tokens, _ in parts])[order]
+        tokens, rows = [], []
+        for config, layout in run.images.layouts(run.configs):
+            part, left, merged = merge_rows(layout.to(x.device), config, x, scores, features)
+            tokens.append(part)
+            rows.append(left)
+            run.merged.append((config, merged))
+        run.rows, order = torch.cat(rows).sort()
+        return torch.cat(tokens)[order]
 
     def _shorten(self, run: Run, output: Any) -> Any:
         states = _first(output)
