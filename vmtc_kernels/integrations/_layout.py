@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..config import VMTCConfig
+
+class Reduction(Protocol):
+    """How many tokens a unit keeps: `VMTCConfig`, or what takes its place."""
+
+    def counts(self, num_tokens: int, *, clip: bool = False) -> tuple[int, int]: ...
 
 
 class Layout(NamedTuple):
@@ -28,12 +32,12 @@ class Layout(NamedTuple):
     fixed: Tensor
     whole: int | None = None
 
-    def counts(self, config: VMTCConfig, tokens: int) -> tuple[int, int]:
+    def counts(self, config: Reduction, tokens: int) -> tuple[int, int]:
         """``(P, K)`` of a unit; one that was cut keeps no more than it has."""
         cut = self.whole is not None and tokens < self.whole
         return config.counts(tokens, clip=cut)
 
-    def placeholders(self, config: VMTCConfig) -> Tensor:
+    def placeholders(self, config: Reduction) -> Tensor:
         """bool ``[R]``: as many placeholders as stay, the first ones of each unit."""
         stays = torch.zeros(self.size, dtype=torch.bool)
         for group in self.groups:

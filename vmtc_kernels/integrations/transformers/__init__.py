@@ -8,6 +8,9 @@ if tuple(int(part) for part in _version("transformers").split(".")[:2]) < (5, 17
         f" {_version('transformers')}: pip install -U transformers"
     )
 
+from ._families import FAMILIES as _FAMILIES
 from ._handle import Handle, Last, attach
 
-__all__ = ["Handle", "Last", "attach"]
+MODEL_TYPES = tuple(_FAMILIES)  # as a model's configuration names them
+
+__all__ = ["MODEL_TYPES", "Handle", "Last", "attach"]

@@ -24,7 +24,8 @@ class Family:
     ``core`` encodes images and holds the language model ``text``; ``layers`` are those of the
     encoder, of whose outputs none after ``last_layer`` is used; ``projector`` takes and gives
     tokens in rows, a token being ``patches`` patches. ``tokens``: the placeholder's id of each
-    modality; ``methods``: the method of ``core`` that encodes it.
+    modality; ``methods``: the method of ``core`` that encodes it. ``unit_tokens``: those of a unit
+    of which nothing is cut away, None where they depend on the image.
     """
 
     model_type: str
@@ -36,6 +37,9 @@ class Family:
     projections: tuple[str, ...] = ("q_proj", "k_proj")
     # whether the layers after some layer can run on fewer tokens
     shortens = True
+    # whether every unit is a square grid of tokens, line by line in the projector's rows
+    square_units = False
+    unit_tokens: int | None = None
     # a module between encoder and projector that needs the whole grid
     regrouped: nn.Module | None = None
     # what projects the outputs of earlier layers
@@ -110,6 +114,7 @@ class _Siglip(Family):
 class Llava(_Siglip):
     model_type = "llava"
     towers = ("clip_vision_model", "siglip_vision_model")
+    square_units = True
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -129,7 +134,7 @@ class Llava(_Siglip):
         # rows that the projector sees before the patches of an image
         self.cls_rows = int(self.has_cls and self.whole)
         self.cls_tokens = 0 if self.whole else 1
-        self.grid = (vision.image_size // vision.patch_size) ** 2
+        self.grid = self.unit_tokens = (vision.image_size // vision.patch_size) ** 2
         self.layers = encoder_layers(self.core.vision_tower, vision.num_hidden_layers)
         self.text = self.core.language_model
         self.projector = self.core.multi_modal_projector
@@ -147,6 +152,7 @@ class LlavaNext(Llava):
 
     model_type = "llava_next"
     shortens = False
+    square_units = False
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -187,6 +193,7 @@ class Idefics3(_Siglip):
     """Tiles, each a unit, whose patches are put together ``scale_factor`` squared at a time."""
 
     model_type = "idefics3"
+    square_units = True
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -194,6 +201,7 @@ class Idefics3(_Siglip):
         self.factor = model.config.scale_factor
         self.patches = self.factor**2
         self.side = vision.image_size // vision.patch_size
+        self.unit_tokens = self.side**2 // self.patches
         self.layers = encoder_layers(self.core.vision_model, vision.num_hidden_layers)
         self.text = self.core.text_model
         self.last_layer = len(self.layers)

@@ -13,6 +13,7 @@ from ...config import CMAIConfig, VMTCConfig
 from ...focus_attention import FocusAttention
 from .._merging import Merged
 from ._attached import Attached
+from ._downsample import Downsampled, Downsampling
 from ._families import Family, family_of
 from ._focus import Focus
 from ._paged_rotary import PagedRotary
@@ -41,6 +42,7 @@ def attach(
     *,
     vmtc: VMTCConfig | None = None,
     cmai: CMAIConfig | None = None,
+    downsample: int | None = None,
     record: bool = False,
 ) -> Handle:
     """Let a vision-language model read fewer visual tokens, and inhibit text-image pairs.
@@ -58,6 +60,9 @@ def attach(
         vmtc: how visual tokens are merged; None for all of them. Counts and shares are of a unit:
             an image, a tile of one (LLaVA-NeXT, Idefics3, SmolVLM), a frame of a video.
         cmai: which pairs of text and image tokens are inhibited; None for none.
+        downsample: instead of ``vmtc``, the baseline that it is compared with: `spatial_downsample`
+            by this factor, before the projector, where images or tiles are square grids (LLaVA-1.5,
+            Idefics3, SmolVLM).
         record: keep what is done in `Handle.last`; CMAI then stores all scores and is slower.
 
     Returns:
@@ -69,13 +74,15 @@ def attach(
 
     Source: VMTC and CMAI, arXiv 2411.15453; the order and positions of the tokens are ours.
     """
-    return Handle(model, processor, vmtc, cmai, record)
+    return Handle(model, processor, vmtc, cmai, downsample, record)
 
 
 class Handle(Attached):
     """What `attach` did to a model. `detach` undoes it, as does the end of a ``with`` block.
 
-    ``model``, ``processor``, ``vmtc``, ``cmai``: as given; ``last``: see `Last`.
+    ``model``, ``processor``, ``vmtc``, ``cmai``, ``downsample``: as given; ``last``: see `Last`;
+    ``unit_tokens``: tokens of an image, or of a tile, as the model has them without compression;
+    None where they depend on the image (Qwen).
     """
 
     def __init__(
@@ -84,28 +91,37 @@ class Handle(Attached):
         processor: Any,
         vmtc: VMTCConfig | None,
         cmai: CMAIConfig | None,
+        downsample: int | None,
         record: bool,
     ) -> None:
-        if vmtc is None and cmai is None:
-            raise ValueError("attach: neither vmtc nor cmai is given: there is nothing to do")
+        if vmtc is None and cmai is None and downsample is None:
+            raise ValueError(
+                "attach: neither vmtc, cmai nor downsample is given: there is nothing to do"
+            )
+        if vmtc is not None and downsample is not None:
+            raise ValueError("attach: vmtc and downsample are both given: choose one of them")
         # of a model with adapters, the one that has them
         family = family_of(model.get_base_model() if hasattr(model, "get_base_model") else model)
         _check_processor(family, processor)
         if getattr(family.model, "vmtc_handle", None) is not None:
             raise ValueError("attach: this model has a handle already: call its detach first")
         self.model, self.processor, self.vmtc, self.cmai = model, processor, vmtc, cmai
+        self.downsample, self.unit_tokens = downsample, family.unit_tokens
+        self._reduction = vmtc if downsample is None else Downsampling(downsample)
         self.last = Last()
         self._family, self._record = family, record
         self._parts: list[Any] = []
         self._requests: Requests | None = None
         try:
             self._rotary: RotaryPositions | None = None
-            if vmtc is not None:
-                self._parts.append(Vision(family, vmtc, self._encoded))
+            if isinstance(self._reduction, Downsampling):
+                self._parts.append(Downsampled(family, self._reduction, self._encoded))
+            elif self._reduction is not None:
+                self._parts.append(Vision(family, self._reduction, self._encoded))
                 if hasattr(family.core, "get_rope_index"):
                     self._rotary = RotaryPositions(family)
                     self._parts.append(self._rotary)
-            self._requests = Requests(family, vmtc, self._rotary)
+            self._requests = Requests(family, self._reduction, self._rotary)
             self._parts.append(self._requests)
             if hasattr(family.core, "get_rope_index"):
                 self._parts.append(PagedRotary(family, self._requests))
@@ -179,7 +195,7 @@ class Handle(Attached):
         values = {"input_ids": tokenizer.eos_token_id if empty is None else empty, "labels": -100}
         padding = Padding(values, padding_side, length, pad_to_multiple_of)
         shrunk = transformers.BatchFeature(dict(inputs))
-        shrink(shrunk, self._family, self.vmtc, padding, tokenizer.padding_side)
+        shrink(shrunk, self._family, self._reduction, padding, tokenizer.padding_side)
         shrunk = shrunk.to(_device(self.model))
         for name, value in shrunk.items():
             # other numbers, the seconds between frames for example, would lose digits

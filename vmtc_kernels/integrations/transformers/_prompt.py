@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...config import VMTCConfig
+from .._layout import Reduction
 from ._families import Family
 
 
@@ -26,7 +26,7 @@ class Padding(NamedTuple):
 def shrink(
     inputs: MutableMapping[str, Any],
     family: Family,
-    config: VMTCConfig | None,
+    config: Reduction | None,
     padding: Padding,
     usual_side: str,
 ) -> None:
@@ -68,7 +68,7 @@ def _shown(
     inputs: Mapping[str, Any],
     modality: str,
     family: Family,
-    config: VMTCConfig | None,
+    config: Reduction | None,
     placeholders: int,
 ) -> Tensor:
     """bool ``[R]``: the placeholders of one modality that stay."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import VMTCConfig
+from .._layout import Reduction
 from ._attached import Attached
 from ._families import Family
 from ._rotary import IMAGE, RotaryPositions
@@ -112,7 +112,7 @@ class Requests(Attached):
     """Virtual ids for the images of requests, from `attach` until `detach`."""
 
     def __init__(
-        self, family: Family, config: VMTCConfig | None, rotary: RotaryPositions | None
+        self, family: Family, config: Reduction | None, rotary: RotaryPositions | None
     ) -> None:
         if getattr(family.model, "_cached_continuous_batching_manager", None) is not None:
             raise ValueError(

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import VMTCConfig
-from .._layout import Layout
+from .._layout import Layout, Reduction
 from .._merging import Merged, merge_alike, merge_rows
 from ._attached import Attached
 from ._checks import (
@@ -44,14 +43,27 @@ class Vision(Attached):
     `encoded` is told of each encoding: its modality and its `Run`.
     """
 
-    def __init__(self, family: Family, config: VMTCConfig, encoded: Any) -> None:
-        self.family, self.config, self.encoded = family, config, encoded
+    def __init__(self, family: Family, config: Reduction, encoded: Any) -> None:
+        self.family, self.encoded = family, encoded
+        self.config: Any = config  # VMTCConfig, unless a subclass has another
         self.local = threading.local()  # several threads may encode at a time
+        self.hooks: list[Any] = []
+        self.originals: dict[str, Any] = {}
+        self.path: list[str] = []  # modules of the encoder that must not be compiled by themselves
+        self._watch_encoder()
+        self._pre_hook(family.projector, self._enter)
+        self._hook(family.projector, self._leave)
+        for other in family.side_projectors:
+            self._hook(other, self._leave_aside)
+        for modality, name in family.methods.items():
+            self._wrap(modality, name)
+
+    def _watch_encoder(self) -> None:
+        """Hooks for scores and features, and where tokens are merged inside the encoder."""
+        family, config = self.family, self.config
         self.cls = scores_by_cls(family, config)
         depth = len(family.layers)
         self.score_layer = layer_of("score_layer", config.score_layer, depth)
-        self.hooks: list[Any] = []
-        self.originals: dict[str, Any] = {}
 
         # all that may be refused comes before the first hook
         features = config.feature_layer
@@ -76,12 +88,6 @@ class Vision(Attached):
                 self._pre_hook(later, self._continue, with_kwargs=True)
             if family.regrouped is not None:
                 self._pre_hook(family.regrouped, self._regroup)
-        self._pre_hook(family.projector, self._enter)
-        self._hook(family.projector, self._leave)
-        for other in family.side_projectors:
-            self._hook(other, self._leave_aside)
-        for modality, name in family.methods.items():
-            self._wrap(modality, name)
 
     @property
     def run(self) -> Run | None:

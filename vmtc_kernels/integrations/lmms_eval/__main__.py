@@ -1,0 +1,5 @@
+"""See `table.main`."""
+
+from .table import main
+
+main()
