@@ -13,7 +13,7 @@ import vllm_models as vm
 import vlm
 
 import vmtc_kernels
-from vmtc_kernels import VMTCConfig
+from vmtc_kernels import CMAIConfig, VMTCConfig
 from vmtc_kernels.integrations.transformers import attach
 
 # photos of several sizes and shapes
@@ -61,16 +61,16 @@ def expected(folders):
     reference."""
 
     @functools.cache
-    def answered(family, config):
-        return _expected(folders[family], config, mixed(family))
+    def answered(family, config, cmai):
+        return _expected(folders[family], config, cmai, mixed(family))
 
-    return lambda family, config: answered(family, VMTCConfig(**config))
+    return lambda family, config, cmai=None: answered(family, VMTCConfig(**config), cmai)
 
 
-def _expected(folder, config, requests, tokens=8):
+def _expected(folder, config, cmai, requests, tokens=8):
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype="float32")
     processor = transformers.AutoProcessor.from_pretrained(folder)
-    handle = attach(model.eval(), processor, vmtc=config)
+    handle = attach(model.eval(), processor, vmtc=config, cmai=cmai)
     out = []
     for each in requests:
         photos = each.get("multi_modal_data", {}).get("image") or None
@@ -102,6 +102,14 @@ def test_as_the_reference_in_transformers(start, expected, family):
     """Several images, different sizes, mixed with text alone, in one batch."""
     llm = start(family, vmtc=SHARES)
     agree(vm.answers(llm, mixed(family)), expected(family, SHARES))
+
+
+@pytest.mark.parametrize("family", vm.FAMILIES)
+def test_with_inhibition(start, expected, family):
+    """Both halves of the method at once."""
+    cmai = {"keep_ratio": 0.4, "suppression": 0.1}
+    llm = start(family, vmtc=SHARES, cmai=cmai, limit_mm_per_prompt={"image": 3, "video": 0})
+    agree(vm.answers(llm, mixed(family)), expected(family, SHARES, CMAIConfig(**cmai)))
 
 
 @pytest.mark.parametrize(

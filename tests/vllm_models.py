@@ -104,7 +104,7 @@ def answers(llm, requests, tokens=8, **sampling):
     from vllm import SamplingParams
 
     params = SamplingParams(
-        max_tokens=tokens, temperature=0, logprobs=0, ignore_eos=True, **sampling
+        max_tokens=tokens, min_tokens=tokens, temperature=0, logprobs=0, **sampling
     )
     out = []
     for result in llm.generate(requests, params, use_tqdm=False):

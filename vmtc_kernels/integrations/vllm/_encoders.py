@@ -136,6 +136,8 @@ class Encoder:
     depth: int
     projector: nn.Module
 
+    def __init__(self, model: Any) -> None: ...
+
     def heads(self, kept: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Queries and keys of this rank's heads."""
         raise NotImplementedError
@@ -150,6 +152,10 @@ class Encoder:
 
     def tokens_of(self, states: Tensor) -> Tensor:
         """A layer's output as ``[R, patches, D]``."""
+        raise NotImplementedError
+
+    def sequence(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """A layer's output with the tokens ``[M, D]`` for its own."""
         raise NotImplementedError
 
 
@@ -183,7 +189,6 @@ class Clip(Encoder):
         return self.tokens_of(_of_all_ranks(keys)).flatten(1)
 
     def sequence(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """A layer's output with other tokens for its own."""
         tokens = tokens.reshape(len(states), -1, states.shape[2])
         return torch.cat([states[:, : self.first], tokens], dim=1)
 

@@ -10,12 +10,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from ...config import VMTCConfig
 from ._encoders import Clip, Encoder, Images, llava_images, llava_next_images
-from ._processing import KEY, LlavaNextProcessing, LlavaProcessing, decode
+from ._focus import Bounded, Seen
+from ._processing import KEY, Base, LlavaNextProcessing, LlavaProcessing, decode
 from ._settings import settings_of
 from ._vision import Run, Vision
 
 
-class Compressing:
+class Compressing(Base):
     """Before a model of vLLM in the order of a class's bases."""
 
     vision: Vision | None = None
@@ -37,24 +38,20 @@ class Compressing:
     def embed_multimodal(self, **kwargs: Any) -> Any:
         encoded = kwargs.pop(KEY, None)
         if self.vision is None or encoded is None:  # features of the user's own
-            return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+            return super().embed_multimodal(**kwargs)
         configs: list[VMTCConfig] = [decode(self.vision.config, each) for each in encoded]
         with self.vision.encoding(self.images(kwargs), configs) as run:
-            return self.finish(run, super().embed_multimodal(**kwargs))  # type: ignore[misc]
+            return self.finish(run, super().embed_multimodal(**kwargs))
 
 
-def llava_info(ctx: Any) -> Any:
-    return llava.LlavaProcessingInfo(ctx)
-
-
-class LlavaProcessor(LlavaProcessing, llava.LlavaMultiModalProcessor):
+class LlavaProcessor(Bounded, LlavaProcessing, llava.LlavaMultiModalProcessor):
     pass
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    LlavaProcessor, info=llava_info, dummy_inputs=llava.LlavaDummyInputsBuilder
+    LlavaProcessor, info=llava.LlavaProcessingInfo, dummy_inputs=llava.LlavaDummyInputsBuilder
 )
-class VMTCLlava(Compressing, llava.LlavaForConditionalGeneration):
+class VMTCLlava(Seen, Compressing, llava.LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.compress(vllm_config, Clip, self.vision_tower)
@@ -63,7 +60,7 @@ class VMTCLlava(Compressing, llava.LlavaForConditionalGeneration):
         return llava_images(self.config, len(kwargs["pixel_values"]))
 
 
-class LlavaNextProcessor(LlavaNextProcessing, llava_next.LlavaNextMultiModalProcessor):
+class LlavaNextProcessor(Bounded, LlavaNextProcessing, llava_next.LlavaNextMultiModalProcessor):
     pass
 
 
@@ -72,7 +69,7 @@ class LlavaNextProcessor(LlavaNextProcessing, llava_next.LlavaNextMultiModalProc
     info=llava_next.LlavaNextProcessingInfo,
     dummy_inputs=llava.LlavaDummyInputsBuilder,
 )
-class VMTCLlavaNext(Compressing, llava_next.LlavaNextForConditionalGeneration):
+class VMTCLlavaNext(Seen, Compressing, llava_next.LlavaNextForConditionalGeneration):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.compress(vllm_config, Clip, self.vision_tower)

@@ -54,6 +54,10 @@ def configure(vllm_config: Any) -> None:
     from ._startup import check
 
     check(vllm_config, settings)
+    if settings.cmai is not None:
+        from ._focus import select_backend
+
+        select_backend(vllm_config)
     setattr(model_config.hf_config, ATTRIBUTE, given)
     # what the engine loads by; its own idea of what the model can do stays as it is
     model_config.hf_config.architectures = [ARCHITECTURES[model_config.architecture].split(":")[1]]

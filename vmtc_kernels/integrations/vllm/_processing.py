@@ -17,6 +17,7 @@ KEY = "vmtc"
 # a request may choose these; the others are built into the running model
 CHOICE = ("num_primary", "num_merged")
 
+# what comes next in the order of bases is a class of vLLM
 if TYPE_CHECKING:
     Base: Any = object
 else:
@@ -37,7 +38,7 @@ def encode(config: VMTCConfig) -> torch.Tensor:
 def decode(config: VMTCConfig, encoded: torch.Tensor) -> VMTCConfig:
     flat = encoded.flatten().tolist()
     pairs = zip(flat[::2], flat[1::2], strict=True)
-    values = [value if share else int(value) for share, value in pairs]
+    values: list[Any] = [value if share else int(value) for share, value in pairs]
     return dataclasses.replace(config, **dict(zip(CHOICE, values, strict=True)))
 
 
@@ -76,19 +77,17 @@ class Processing(Base):
             # in the hash even where a request names its images itself
             known = {**stock(inputs.hf_processor_mm_kwargs), KEY: dataclasses.asdict(config)}
             inputs = dataclasses.replace(inputs, hf_processor_mm_kwargs=known)
-        return super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        return super()._get_mm_hashes(inputs)
 
     def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Any:
         given = inputs.hf_processor_mm_kwargs
-        kwargs = super()._get_cache_missing_processor_kwargs(  # type: ignore[misc]
+        kwargs = super()._get_cache_missing_processor_kwargs(
             dataclasses.replace(inputs, hf_processor_mm_kwargs=stock(given)), mm_is_cached
         )
         return {**kwargs, KEY: given[KEY]} if KEY in given else kwargs
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> Any:
-        processed = super()._apply_hf_processor_main(  # type: ignore[misc]
-            mm_items=mm_items, hf_kwargs=stock(hf_kwargs)
-        )
+        processed = super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=stock(hf_kwargs))
         if (config := self.config(hf_kwargs)) and (count := self.count(processed)):
             processed[KEY] = encode(config).expand(count, -1)
         return processed
@@ -98,15 +97,13 @@ class Processing(Base):
     ) -> Any:
         from vllm.multimodal.inputs import MultiModalFieldConfig
 
-        fields = super()._get_mm_fields_config(  # type: ignore[misc]
-            hf_inputs, stock(hf_processor_mm_kwargs)
-        )
+        fields = super()._get_mm_fields_config(hf_inputs, stock(hf_processor_mm_kwargs))
         return {**fields, KEY: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 
     def _get_prompt_updates(
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, Any], out_mm_kwargs: Any
     ) -> Sequence[Any]:
-        updates = super()._get_prompt_updates(  # type: ignore[misc]
+        updates = super()._get_prompt_updates(
             mm_items, stock(hf_processor_mm_kwargs), out_mm_kwargs
         )
         if (config := self.config(hf_processor_mm_kwargs)) is None:
@@ -120,6 +117,7 @@ class Processing(Base):
 
     def _fewer(self, update: Any, config: VMTCConfig, items: Any, fields: Any) -> Any:
         engine = settings_of(self.info.ctx.model_config).vmtc
+        assert engine is not None
         whole = update.replacement
 
         def replacement(index: int) -> list[int]:
@@ -176,12 +174,10 @@ class QwenInfo(Base):
     ctx: Any
 
     def _merge_and_resolve_mm_processor_kwargs(self, mm_kwargs: Mapping[str, Any]) -> Any:
-        return super()._merge_and_resolve_mm_processor_kwargs(  # type: ignore[misc]
-            stock(mm_kwargs)
-        )
+        return super()._merge_and_resolve_mm_processor_kwargs(stock(mm_kwargs))
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Any:
-        most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)  # type: ignore[misc]
+        most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
         config = settings_of(self.ctx.model_config).vmtc
         if config is None:
             return most

@@ -13,6 +13,7 @@ from vllm.multimodal.inputs import PlaceholderRange
 
 from .._merging import merge_alike
 from ._encoders import Images, Qwen
+from ._focus import Bounded, Seen
 from ._models import Compressing
 from ._processing import QwenInfo, QwenProcessing
 from ._vision import Run
@@ -43,6 +44,7 @@ class Moving(Compressing):
 
     # of the step: which of its tokens are of images, and how far from where these begin, [2, M]
     moves: tuple[Tensor, Tensor] | None = None
+    visual: Any
     # columns of an embedding without what is beside it, and those that the projector makes
     width: int
     main: int
@@ -55,7 +57,7 @@ class Moving(Compressing):
         return whole  # done while the grids are known
 
     def _process_image_input(self, image_input: Any) -> Any:
-        whole = super()._process_image_input(image_input)  # type: ignore[misc]
+        whole = super()._process_image_input(image_input)
         if self.vision is None:
             return whole
         run = self.vision.run
@@ -92,7 +94,7 @@ class Moving(Compressing):
                 offsets = [offsets_of(multimodal_embeddings[i][:, self.width :]) for i in moved]
                 self.moves = torch.cat([at[i] for i in moved]), torch.cat(offsets, dim=1)
             multimodal_embeddings = [x[:, : self.width] for x in multimodal_embeddings]
-        return super().embed_input_ids(  # type: ignore[misc]
+        return super().embed_input_ids(
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal
         )
 
@@ -102,13 +104,13 @@ class Moving(Compressing):
             self.moves = None
             # in place, as graphs read them where they are; the engine writes them at each step
             positions[1:, at] = positions[:1, at] + offsets
-        return super().forward(input_ids, positions, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(input_ids, positions, *args, **kwargs)
 
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: Any
     ) -> tuple[Tensor, int]:
         """The model's own answer for the prompt with all tokens, then what is left of it."""
-        stock = super().get_mrope_input_positions  # type: ignore[misc]
+        stock = super().get_mrope_input_positions
         if self.vision is None:
             return stock(input_tokens, mm_features)
         tokens: list[int] = []
@@ -141,14 +143,14 @@ class Qwen25VLInfo(QwenInfo, qwen2_5_vl.Qwen2_5_VLProcessingInfo):
     pass
 
 
-class Qwen25VLProcessor(QwenProcessing, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
+class Qwen25VLProcessor(Bounded, QwenProcessing, qwen2_5_vl.Qwen2_5_VLMultiModalProcessor):
     pass
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen25VLProcessor, info=Qwen25VLInfo, dummy_inputs=qwen2_5_vl.Qwen2_5_VLDummyInputsBuilder
 )
-class VMTCQwen25VL(Moving, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
+class VMTCQwen25VL(Seen, Moving, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.compress(vllm_config, Qwen, self.visual)
@@ -159,14 +161,14 @@ class Qwen3VLInfo(QwenInfo, qwen3_vl.Qwen3VLProcessingInfo):
     pass
 
 
-class Qwen3VLProcessor(QwenProcessing, qwen3_vl.Qwen3VLMultiModalProcessor):
+class Qwen3VLProcessor(Bounded, QwenProcessing, qwen3_vl.Qwen3VLMultiModalProcessor):
     pass
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     Qwen3VLProcessor, info=Qwen3VLInfo, dummy_inputs=qwen3_vl.Qwen3VLDummyInputsBuilder
 )
-class VMTCQwen3VL(Moving, qwen3_vl.Qwen3VLForConditionalGeneration):
+class VMTCQwen3VL(Seen, Moving, qwen3_vl.Qwen3VLForConditionalGeneration):
     """Features of earlier layers (DeepStack) are merged as the tokens are."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "model") -> None:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import vllm
 
-from ...config import VMTCConfig
+from ...config import PLACEMENTS, VMTCConfig
 from ._plugin import ARCHITECTURES, TESTED
 from ._settings import Settings
+
+ANY_VERSION = "VMTC_VLLM_ANY_VERSION"
+TOWERS = ("clip_vision_model", "siglip_vision_model")  # of LLaVA
 
 
 def check(vllm_config: Any, settings: Settings) -> None:
     """Raises ValueError or NotImplementedError."""
     model_config = vllm_config.model_config
-    if not vllm.__version__.startswith(TESTED):
+    tested = vllm.__version__.startswith(tuple(f"{each}." for each in TESTED))
+    if not tested and os.environ.get(ANY_VERSION) != "1":
         raise NotImplementedError(
-            f"vmtc_kernels was tested with vLLM {', '.join(TESTED)}.*, this is {vllm.__version__}"
+            f"vmtc_kernels was tested with vLLM {', '.join(TESTED)}.*, this is {vllm.__version__}:"
+            f" {ANY_VERSION}=1 in the environment tries it all the same"
         )
     if model_config.architecture not in ARCHITECTURES:
         raise ValueError(
             f"vmtc_kernels does not support {model_config.architecture} in vLLM, only"
             f" {', '.join(ARCHITECTURES)}"
+        )
+    hf_config = model_config.hf_config
+    tower = hf_config.vision_config.model_type
+    if not _is_qwen(hf_config) and tower not in TOWERS:
+        raise ValueError(
+            f"vmtc_kernels does not support a vision tower of type {tower!r} in vLLM, only"
+            f" {' and '.join(TOWERS)}"
         )
     if settings.vmtc is not None:
         _check_vmtc(vllm_config, settings.vmtc)
@@ -31,16 +44,15 @@ def check(vllm_config: Any, settings: Settings) -> None:
         _focus.check(vllm_config, settings.cmai)
 
 
+def _is_qwen(hf_config: Any) -> bool:
+    return bool(hf_config.model_type.startswith("qwen"))
+
+
 def _check_vmtc(vllm_config: Any, config: VMTCConfig) -> None:
     hf_config = vllm_config.model_config.hf_config
     multimodal, parallel = vllm_config.model_config.multimodal_config, vllm_config.parallel_config
-    qwen = hf_config.model_type.startswith("qwen")
+    qwen = _is_qwen(hf_config)
     vision = hf_config.vision_config
-    if not qwen and vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
-        raise ValueError(
-            f"vmtc: a vision tower of type {vision.model_type!r} is not supported in vLLM, only"
-            " clip_vision_model and siglip_vision_model"
-        )
     _refuse(
         {
             "cudagraph_mm_encoder": vllm_config.compilation_config.cudagraph_mm_encoder,
@@ -100,12 +112,18 @@ def _check_layers(hf_config: Any, config: VMTCConfig, qwen: bool) -> None:
             f"vmtc: score_source is 'cls', but the encoder of {hf_config.model_type} has no [CLS]:"
             " use 'received' or 'auto'"
         )
+    # what stands for no layer
+    others: dict[str, tuple[Any, ...]] = {
+        "score_layer": (),
+        "feature_layer": (None, "keys"),
+        "placement": PLACEMENTS,
+    }
     layers = {
-        name: value
-        for name in ("score_layer", "feature_layer", "placement")
-        if isinstance(value := getattr(config, name), int)
+        name: value for name in others if (value := getattr(config, name)) not in others[name]
     }
     for name, value in layers.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"vmtc: {name} must be the number of a layer, got {value!r}")
         if not -depth <= value < depth:
             raise ValueError(
                 f"vmtc: {name} is {value}, the encoder has {depth} layers: -{depth} to {depth - 1}"
@@ -126,9 +144,9 @@ def _check_layers(hf_config: Any, config: VMTCConfig, qwen: bool) -> None:
     last = max(layers[name] % depth for name in layers if name != "placement")
     if not last <= placement < used - 1:
         raise ValueError(
-            f"vmtc: placement is after layer {placement}, which must be one from {last}, the last"
-            f" that scores or gives features, to {used - 2}: the output of layer {used - 1} is what"
-            " the model takes"
+            f"vmtc: placement is after layer {placement}, which must not come before layer {last},"
+            " the last that scores or gives features, and must come before layer"
+            f" {used - 1}, whose output the model takes"
         )
 
 

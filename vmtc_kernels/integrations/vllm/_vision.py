@@ -121,6 +121,7 @@ class Vision:
             tokens = self._merge(run, output.reshape(run.images.size, -1))
         else:
             tokens = output.reshape(len(run.rows), -1)
+        assert run.rows is not None
         # at their rows again, zeros elsewhere, so that the model packs and splits as ever
         empty = tokens.new_zeros(run.images.size, tokens.shape[-1])
         spread = empty.index_copy(0, run.rows, tokens)
