@@ -59,7 +59,7 @@ EMULATED_SELECT ?= cuda and not opcheck and not compiles and not exports
 .DEFAULT_GOAL := help
 # several pips at work in one environment would spoil it
 .NOTPARALLEL:
-.PHONY: help demo test lint bench guard guard-update wheel asan emulate interpret oldest test-lmms-eval test-vllm clean
+.PHONY: help demo test lint bench guard guard-update wheel asan emulate interpret oldest test-lmms-eval test-vllm bench-vllm clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s%s\n", $$1, $$2}' Makefile
@@ -146,6 +146,9 @@ $(LMMS_EVAL)/.installed: $(VENV)/.extras-test
 # the folder of Triton kernels has the name of a package that vLLM would import from here
 test-vllm: $(VLLM)/.installed $(VENV)/.built  ## run the tests of the plugin in vLLM's engine on a CPU
 	PYTHONSAFEPATH=1 $(VLLM)/bin/python -m pytest -q -p no:cacheprovider $(VLLM_TESTS)
+
+bench-vllm: $(VLLM)/.installed $(VENV)/.built  ## time vLLM's server with and without compression
+	PYTHONSAFEPATH=1 $(VLLM)/bin/python -m vmtc_kernels.bench.serving $(BENCH_ARGS)
 
 # PyTorch's other packages come along as builds for CUDA, of which torchvision is needed: it works
 # without its own kernels where their operators are at least known

@@ -7,13 +7,14 @@ nothing, and fails where a page says other than the runs.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import llava_docs
+from . import llava_docs, serving
 from .environment import ROOT
 from .page.facts import (
     Result,
@@ -37,6 +38,7 @@ from .suites import NAMES
 
 RESULTS = ROOT / "bench" / "results"
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+VLLM = ROOT / "docs" / "vllm.md"
 
 
 def main(check: bool = False, folder: Path = RESULTS) -> None:
@@ -205,6 +207,24 @@ def models(kept: list[Kept], page: Path) -> str:
     )
 
 
+def serving_table(kept: list[Kept], page: Path) -> str:
+    """The newest run of the servers."""
+    found = [(json.loads(path.read_text())["serving"], path) for path in RESULTS.glob("serving-*")]
+    clean = [each for each in found if not each[0]["environment"]["dirty"]]
+    if not clean:
+        return ""
+    run, path = max(clean, key=lambda each: str(each[0]["environment"]["date"]))
+    params, versions = run["params"], run["environment"]["versions"]
+    head = headline(run["environment"]).rpartition(", commit ")[0]
+    return (
+        f"{head}, {versions['vllm']}, a LLaVA-1.5 of size {params['model']} and random weights:"
+        f" {params['concurrency']} requests at a time, each an image of {params['image_tokens']}"
+        f" tokens of its own, {params['words']} words and {params['answer']} tokens of answer;"
+        f" {params['rounds']} rounds of {params['requests']} requests to each server in turn,"
+        f" median [least, most] ({link(path, page)}).\n\n{serving.summary(run)}"
+    )
+
+
 def tables(kept: list[Kept], page: Path) -> str:
     """Of each usual set-up every provider, and of each sweep how time grows and who is faster."""
     lines: list[str] = []
@@ -268,7 +288,8 @@ def _sweep(sweep: Sweep) -> Iterator[str]:
 
 
 PAGES: dict[Path, dict[str, Callable[[list[Kept], Path], str]]] = {
-    README: {"bench": speed, "model": model},
+    README: {"bench": speed, "model": model, "serving": serving_table},
+    VLLM: {"serving": serving_table},
     BENCHMARKS: {"bench": tables, "llava": models},
 }
 
