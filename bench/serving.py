@@ -34,7 +34,7 @@ import torch
 
 from vmtc_kernels import VMTCConfig
 
-from .environment import Others, describe
+from .environment import describe
 from .llava import SIZES, Size, build
 
 SIZE = "small"
@@ -314,12 +314,10 @@ def main(argv: list[str] | None = None) -> None:
             del model
             for server in running:  # what is compiled or filled once
                 round_of(server, -1, size, options)
-            others = Others()
             for number in range(options.rounds):
                 for server, row in zip(running, rows, strict=True):
                     row["rounds"].append(round_of(server, number, size, options))
                     print(f"{number + 1} {server.name}: {row['rounds'][-1]}", flush=True)
-            busy = others.busy()
     environment = describe(os.cpu_count() or 1)
     environment["versions"]["vllm"] = vllm_version()
     result = {
@@ -327,7 +325,6 @@ def main(argv: list[str] | None = None) -> None:
             "environment": environment,
             "params": {"model": SIZE, "image_tokens": size.grid, **_plain(options)},
             "rows": rows,
-            "others_busy": busy,
         }
     }
     print(summary(result["serving"]))
