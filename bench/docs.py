@@ -221,7 +221,8 @@ def serving_table(kept: list[Kept], page: Path) -> str:
         f" {params['concurrency']} requests at a time, each an image of {params['image_tokens']}"
         f" tokens of its own, {params['words']} words and {params['answer']} tokens of answer;"
         f" {params['rounds']} rounds of {params['requests']} requests to each server in turn,"
-        f" median [least, most] ({link(path, page)}).\n\n{serving.summary(run)}"
+        f" median [least, most], and how many times that of vLLM as it is ({link(path, page)})."
+        f"\n\n{serving.summary(run)}"
     )
 
 

@@ -1,8 +1,8 @@
-"""``python -m vmtc_kernels.bench.serving``: vLLM's server with and without compression.
+"""``python -m vmtc_kernels.bench.serving``: vLLM's server with and without the plugin's methods.
 
-Two servers of the same model stand side by side and are asked in turn, round by round, by vLLM's
+Servers of the same model stand side by side and are asked in turn, round by round, by vLLM's
 own client (the library of ``vllm bench serve``). The model is a LLaVA-1.5 of random weights, `SIZE`
-of `llava.SIZES`; every request has an image of its own. Nothing is timed before both servers gave
+of `llava.SIZES`; every request has an image of its own. Nothing is timed before each server gave
 the answers that transformers gives.
 """
 
@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vmtc_kernels import VMTCConfig
+from vmtc_kernels import CMAIConfig, VMTCConfig
 
 from .environment import describe
 from .llava import SIZES, Size, build
@@ -97,16 +97,18 @@ def content(seed: int, side: int) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
+# as the plugin is configured: fields of VMTCConfig and CMAIConfig
+Given = dict[str, dict[str, Any]]
+
+
 class Server:
     """One that runs until it is closed."""
 
-    def __init__(self, folder: Path, name: str, vmtc: VMTCConfig | None, options: Any) -> None:
-        self.name, self.vmtc = name, vmtc
+    def __init__(self, folder: Path, name: str, given: Given, options: Any) -> None:
+        self.name, self.given = name, given
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
-        counts = {} if vmtc is None else vars(vmtc)
-        given = {"vmtc": {k: counts[k] for k in ("num_primary", "num_merged")}} if vmtc else {}
         # what `vllm serve` runs; the command itself asks for the version of a package that builds
         # for CPUs have another name for
         command = [
@@ -195,11 +197,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def servers(folder: Path, configs: dict[str, VMTCConfig | None], options: Any) -> Iterator[Any]:
+def servers(folder: Path, configs: dict[str, Given], options: Any) -> Iterator[Any]:
     running = []
     try:
-        for name, config in configs.items():
-            running.append(Server(folder, name, config, options))
+        for name, given in configs.items():
+            running.append(Server(folder, name, given, options))
             running[-1].wait()
         yield running
     finally:
@@ -217,8 +219,9 @@ def gate(server: Server, model: Any, processor: Any, size: Size, options: Any) -
     from vmtc_kernels.integrations.transformers import attach
 
     found: dict[str, int] = {}
-    config = server.vmtc or VMTCConfig(num_primary=1.0, num_merged=0.0)
-    handle = attach(model, processor, vmtc=config)
+    vmtc = VMTCConfig(**server.given.get("vmtc", {"num_primary": 1.0, "num_merged": 0.0}))
+    cmai = CMAIConfig(**server.given["cmai"]) if "cmai" in server.given else None
+    handle = attach(model, processor, vmtc=vmtc, cmai=cmai)
     try:
         for seed in range(3):
             words = words_of(options.words, seed, size)
@@ -300,13 +303,21 @@ def main(argv: list[str] | None = None) -> None:
     add("--answer", type=int, default=16, help="tokens of an answer")
     add("--primary", type=int, default=128)
     add("--merged", type=int, default=32)
+    add("--keep-ratio", type=float, default=0.5, help="of the image tokens, with CMAI")
     options = parser.parse_args(argv)
     size = SIZES[SIZE]
-    config = VMTCConfig(num_primary=options.primary, num_merged=options.merged)
+    vmtc: Given = {"vmtc": {"num_primary": options.primary, "num_merged": options.merged}}
+    cmai: Given = {"cmai": {"keep_ratio": options.keep_ratio}}
+    configs: dict[str, Given] = {
+        "vLLM": {},
+        "VMTC": vmtc,
+        "CMAI": cmai,
+        "VMTC and CMAI": {**vmtc, **cmai},
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, processor = save(folder, size)
-        with servers(folder, {"vLLM": None, "vLLM with VMTC": config}, options) as running:
+        with servers(folder, configs, options) as running:
             rows = [
                 {"name": s.name, **gate(s, model, processor, size, options), "rounds": []}
                 for s in running
@@ -344,33 +355,30 @@ def _plain(options: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name != "out"}
 
 
-def ratios(serving: dict[str, Any], key: str) -> list[float]:
-    """Of each round, what compression makes of it: how many times as much."""
-    stock, fewer = (row["rounds"] for row in serving["rows"])
-    return [b[key] / a[key] for a, b in zip(stock, fewer, strict=True)]
+def ratios(serving: dict[str, Any], row: dict[str, Any], key: str) -> list[float]:
+    """Of each round, how many times as much as the first server, which is vLLM as it is."""
+    stock = serving["rows"][0]["rounds"]
+    return [b[key] / a[key] for a, b in zip(stock, row["rounds"], strict=True)]
 
 
 def summary(serving: dict[str, Any]) -> str:
     """The table of a run, in Markdown."""
     lines = [
-        "| | prompt | cache blocks | requests/s | first token, ms |",
-        "|---|---:|---:|---:|---:|",
+        "| | prompt | cache blocks | requests/s | | first token, ms | |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in serving["rows"]:
         cells = [row["name"], f"{row['prompt_tokens']} tokens", str(row["blocks"])]
         for key, digits in (("requests_per_s", 2), ("ttft_ms", 0)):
-            values = [each[key] for each in row["rounds"]]
-            spread = f"[{min(values):.{digits}f}, {max(values):.{digits}f}]"
-            cells.append(f"{median(values):.{digits}f} {spread}")
+            cells.append(_spread([each[key] for each in row["rounds"]], digits))
+            cells.append(_spread(ratios(serving, row, key), 2, "x"))
         lines.append("| " + " | ".join(cells) + " |")
-    faster, sooner = ratios(serving, "requests_per_s"), ratios(serving, "ttft_ms")
-    lines += [
-        "",
-        f"Requests per second: {median(faster):.2f}x [{min(faster):.2f}, {max(faster):.2f}];"
-        f" first token after {median(sooner):.2f} [{min(sooner):.2f}, {max(sooner):.2f}] of the"
-        " time.",
-    ]
     return "\n".join(lines)
+
+
+def _spread(values: list[float], digits: int, unit: str = "") -> str:
+    least, most = min(values), max(values)
+    return f"{median(values):.{digits}f}{unit} [{least:.{digits}f}, {most:.{digits}f}]"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 
 from bench import docs, serving
 from bench.llava import SIZES
-from vmtc_kernels import VMTCConfig
+from vmtc_kernels import CMAIConfig, VMTCConfig
 
 OPTIONS = argparse.Namespace(words=3, answer=4)
 
@@ -27,7 +27,7 @@ def run(commit="abc", date="2026-01-01", dirty=False, factor=2.0):
     environment["versions"] |= {"torch": "2"}
     rows = [
         {"name": "vLLM", "prompt_tokens": 608, "blocks": 5, "rounds": rounds(1.0)},
-        {"name": "vLLM with VMTC", "prompt_tokens": 192, "blocks": 2, "rounds": rounds(factor)},
+        {"name": "VMTC", "prompt_tokens": 192, "blocks": 2, "rounds": rounds(factor)},
     ]
     params = {"model": "small", "image_tokens": 576, "concurrency": 8, "words": 32, "answer": 16}
     params |= {"rounds": 3, "requests": 9}
@@ -37,14 +37,16 @@ def run(commit="abc", date="2026-01-01", dirty=False, factor=2.0):
 def test_ratios_are_of_the_same_round():
     noisy = run()["serving"]
     noisy["rows"][1]["rounds"][2]["requests_per_s"] *= 3
-    assert serving.ratios(noisy, "requests_per_s") == pytest.approx([2, 2, 6])
+    assert serving.ratios(noisy, noisy["rows"][1], "requests_per_s") == pytest.approx([2, 2, 6])
+    assert serving.ratios(noisy, noisy["rows"][0], "requests_per_s") == [1, 1, 1]
 
 
 def test_summary():
     lines = serving.summary(run()["serving"]).splitlines()
-    assert lines[2] == "| vLLM | 608 tokens | 5 | 1.00 [0.90, 1.10] | 100 [90, 110] |"
-    assert lines[3] == "| vLLM with VMTC | 192 tokens | 2 | 2.00 [1.80, 2.20] | 50 [45, 55] |"
-    assert lines[-1].startswith("Requests per second: 2.00x [2.00, 2.00]; first token after 0.50")
+    cells = "1.00 [0.90, 1.10] | 1.00x [1.00, 1.00] | 100 [90, 110] | 1.00x [1.00, 1.00]"
+    assert lines[2] == f"| vLLM | 608 tokens | 5 | {cells} |"
+    cells = "2.00 [1.80, 2.20] | 2.00x [2.00, 2.00] | 50 [45, 55] | 0.50x [0.50, 0.50]"
+    assert lines[3] == f"| VMTC | 192 tokens | 2 | {cells} |"
 
 
 def test_pages_have_the_newest_run_of_a_clean_tree(tmp_path, monkeypatch):
@@ -69,13 +71,14 @@ def saved(tmp_path_factory):
     return folder, *serving.save(folder, SIZES["tiny"])
 
 
-def honest(model, processor, vmtc, spoil=lambda text, tokens: (text, tokens)):
+def honest(model, processor, given, spoil=lambda text, tokens: (text, tokens)):
     """A server that answers as transformers does, one after the other; ``spoil`` what it says."""
     from vmtc_kernels.integrations.transformers import attach
 
-    config = vmtc or VMTCConfig(num_primary=1.0, num_merged=0.0)
+    vmtc = VMTCConfig(**given.get("vmtc", {"num_primary": 1.0, "num_merged": 0.0}))
+    cmai = CMAIConfig(**given["cmai"]) if "cmai" in given else None
     answers = {}
-    with attach(model, processor, vmtc=config) as handle:
+    with attach(model, processor, vmtc=vmtc, cmai=cmai) as handle:
         for seed in range(3):
             words = serving.words_of(OPTIONS.words, seed, SIZES["tiny"])
             photo = serving.photo(seed, SIZES["tiny"].image)
@@ -84,25 +87,39 @@ def honest(model, processor, vmtc, spoil=lambda text, tokens: (text, tokens)):
             ids = model.generate(**inputs, max_new_tokens=OPTIONS.answer, do_sample=False)
             answers[seed] = spoil(processor.decode(ids[0, length:]), length)
     return SimpleNamespace(
-        name="a server", vmtc=vmtc, ask=lambda seed, *_: (*answers[seed], 3 - seed)
+        name="a server", given=given, ask=lambda seed, *_: (*answers[seed], 3 - seed)
     )
 
 
-@pytest.mark.parametrize("vmtc", [None, VMTCConfig(num_primary=20, num_merged=5)])
-def test_gate(saved, vmtc):
+VMTC = {"num_primary": 20, "num_merged": 5}
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"vmtc": VMTC}, {"vmtc": VMTC, "cmai": {"keep_ratio": 0.1}}], ids=str
+)
+def test_gate(saved, given):
     _, model, processor = saved
     size = SIZES["tiny"]
-    found = serving.gate(honest(model, processor, vmtc), model, processor, size, OPTIONS)
-    tokens = 25 if vmtc else size.grid
+    found = serving.gate(honest(model, processor, given), model, processor, size, OPTIONS)
+    tokens = 25 if given else size.grid
     assert found == {"prompt_tokens": tokens + OPTIONS.words, "blocks": 3}
     for spoil in (
         lambda text, tokens: (text + " w5", tokens),
         lambda text, tokens: (text.replace("w", "v", 1), tokens),
         lambda text, tokens: (text, tokens + 1),
     ):
-        server = honest(model, processor, vmtc, spoil)
+        server = honest(model, processor, given, spoil)
         with pytest.raises(RuntimeError, match="nothing is timed"):
             serving.gate(server, model, processor, size, OPTIONS)
+    # another server's answers do not pass for its own
+    other = honest(
+        model,
+        processor,
+        {"vmtc": {**VMTC, "weighting": "uniform", "num_primary": 5, "num_merged": 20}},
+    )
+    other.given = given
+    with pytest.raises(RuntimeError, match="nothing is timed"):
+        serving.gate(other, model, processor, size, OPTIONS)
 
 
 def test_the_model_as_vllm_and_transformers_read_it(saved):
