@@ -68,7 +68,7 @@ demo: $(VENV)/.extras-demo $(VENV)/.built  ## install, build, merge the tokens o
 	$(VENV)/bin/vmtc demo
 
 test: $(VENV)/.extras-test $(VENV)/.built  ## install, build, run every test, then lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(MAX_JOBS)
 	$(MAKE) --no-print-directory interpret
 	$(MAKE) --no-print-directory oldest
 	$(MAKE) --no-print-directory test-lmms-eval
