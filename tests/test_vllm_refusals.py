@@ -172,6 +172,13 @@ def test_options_that_conflict(configure, family, name):
     configure(None, family=family, **options)  # without our settings it is up to vLLM
 
 
+def test_drafts_of_another_model(configure, folders):
+    draft = {"method": "draft_model", "model": folders["llava"], "num_speculative_tokens": 2}
+    error = NotImplementedError
+    refused(configure, "vmtc: speculative_config gives", speculative_config=draft, error=error)
+    configure(None, speculative_config=draft)
+
+
 @pytest.mark.parametrize(
     "vmtc, message",
     [

@@ -68,7 +68,7 @@ class Processing(Base):
 
     def count(self, processed: Any) -> int:
         """Images with pixels among what the processor gave."""
-        raise NotImplementedError
+        return len(processed.get("pixel_values", ()))
 
     # what differs from vLLM's processors
 
@@ -145,17 +145,11 @@ class LlavaProcessing(Processing):
     def images(self, items: Any, index: int, fields: Any) -> Images:
         return llava_images(self.info.get_hf_config(), 1)
 
-    def count(self, processed: Any) -> int:
-        return len(processed.get("pixel_values", ()))
-
 
 class LlavaNextProcessing(Processing):
     def images(self, items: Any, index: int, fields: Any) -> Images:
         size = items["image"].get_image_size(index)
         return llava_next_images(self.info.get_hf_config(), [[size.height, size.width]])
-
-    def count(self, processed: Any) -> int:
-        return len(processed.get("pixel_values", ()))
 
 
 class QwenProcessing(Processing):

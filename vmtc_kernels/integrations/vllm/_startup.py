@@ -72,6 +72,12 @@ def _check_vmtc(vllm_config: Any, config: VMTCConfig) -> None:
         {"enable_tower_connector_lora": bool(lora and lora.enable_tower_connector_lora)},
         "replaces the encoder's projections",
     )
+    drafts = vllm_config.speculative_config
+    # not tried; and the engine configures a draft model as it does a model that was asked for
+    _refuse(
+        {"speculative_config": drafts is not None and drafts.method != "ngram"},
+        "gives a draft model images that were compressed for another",
+    )
     if qwen:
         graphs = vllm_config.compilation_config.cudagraph_mode
         flashinfer = "FLASHINFER" in str(multimodal.mm_encoder_attn_backend)
@@ -83,7 +89,7 @@ def _check_vmtc(vllm_config: Any, config: VMTCConfig) -> None:
         _refuse(
             {
                 "pipeline_parallel_size": parallel.pipeline_parallel_size > 1,
-                "speculative_config": vllm_config.speculative_config is not None,
+                "speculative_config": drafts is not None,
                 "cudagraph_mode='FULL'": getattr(graphs, "name", None) == "FULL",
             },
             "runs layers that do not see the positions of the tokens that stay",
