@@ -11,6 +11,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 PIP_ARGS ?=
 BENCH_ARGS ?=
+LAB_ARGS ?=
 GUARD_ARGS ?=
 export MAX_JOBS ?= 2
 
@@ -22,6 +23,7 @@ OTHER_CXX := $(wildcard tests/emulator/*.h tests/emulator/*.cpp examples/cpp/*.c
 EXTRAS_demo := demo
 EXTRAS_test := test,demo,bench,transformers
 EXTRAS_bench := bench
+EXTRAS_lab := lab
 EXTRAS_dev := dev
 
 FOCUS := focus_scores focus_mask masked_attention focus_attention paged_focus_attention
@@ -59,12 +61,12 @@ EMULATED_SELECT ?= cuda and not opcheck and not compiles and not exports
 .DEFAULT_GOAL := help
 # several pips at work in one environment would spoil it
 .NOTPARALLEL:
-.PHONY: help demo test lint bench guard guard-update wheel asan emulate interpret oldest test-lmms-eval test-vllm bench-vllm clean
+.PHONY: help demo test lint bench lab lab-train guard guard-update wheel asan emulate interpret oldest test-lmms-eval test-vllm bench-vllm clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s%s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/.extras-demo $(VENV)/.built  ## install, build, merge the tokens of a photograph
+demo: $(VENV)/.extras-demo $(VENV)/.built  ## install, build, ask a model about a picture before and after
 	$(VENV)/bin/vmtc demo
 
 test: $(VENV)/.extras-test $(VENV)/.built  ## install, build, run every test, then lint
@@ -83,6 +85,12 @@ lint: $(VENV)/.extras-dev  ## ruff, mypy and clang-format
 
 bench: $(VENV)/.extras-bench $(VENV)/.built  ## time the operators against their rivals
 	$(PY) -m bench $(BENCH_ARGS)
+
+lab: $(VENV)/.extras-lab $(VENV)/.built  ## ask the laboratory's model under every token reducer
+	$(PY) -m bench.quality $(LAB_ARGS)
+
+lab-train: $(VENV)/.extras-lab $(VENV)/.built  ## train the laboratory's model from nothing, about two hours
+	$(PY) -m bench.quality.train $(LAB_ARGS)
 
 guard: $(VENV)/.extras-test $(VENV)/.built  ## count instructions and registers; make guard-update stores them
 	$(PY) -m bench.guard --jobs $(MAX_JOBS) $(GUARD_ARGS)

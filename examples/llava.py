@@ -1,6 +1,7 @@
 """A LLaVA with fewer visual tokens: `python examples/llava.py`, or with --model a checkpoint.
 
-Without --model it makes a tiny one of random weights, which answers nonsense, but at once.
+Without --model it is the laboratory's, which comes with the package: a toy that knows only the
+drawn shapes and words of its own world, but answers at once.
 """
 
 import argparse
@@ -12,47 +13,7 @@ from PIL import Image
 
 from vmtc_kernels import CMAIConfig, VMTCConfig
 from vmtc_kernels.integrations.transformers import attach
-
-
-def tiny():
-    """A random LLaVA that sees 24 x 24 patches, as LLaVA-1.5 does, and its processor."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    vocabulary = {token: i for i, token in enumerate(special + letters)}
-    bytes_ = Tokenizer(models.BPE(vocabulary, merges=[]))
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bytes_,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-    processor = transformers.LlavaProcessor(
-        transformers.CLIPImageProcessorPil(
-            size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}
-        ),
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-    ids = {f"{name}_token_id": i for i, name in enumerate(("pad", "bos", "eos"))}
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            **small, num_hidden_layers=4, image_size=336, patch_size=14
-        ),
-        text_config=transformers.LlamaConfig(
-            **small, num_hidden_layers=4, vocab_size=len(vocabulary), **ids
-        ),
-        image_token_id=vocabulary["<image>"],
-    )
-    torch.manual_seed(0)
-    return transformers.LlavaForConditionalGeneration(config).eval(), processor
+from vmtc_kernels.laboratory import LAB, LAB_QUESTION, LAB_SCENE, MERGED, PRIMARY
 
 
 def load(source):
@@ -80,23 +41,24 @@ def answer(model, processor, inputs, tokens):
     return processor.decode(new, skip_special_tokens=True), first
 
 
+def count_or_share(text):
+    return int(text) if text.isdecimal() else float(text)
+
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--model", help="a folder or id of a checkpoint")
-    arguments.add_argument("--image", help="a file; without it, a picture is computed")
-    arguments.add_argument("--prompt", default="What is in this picture?")
-    arguments.add_argument("--primary", type=int, default=128, help="visual tokens kept")
-    arguments.add_argument("--merged", type=int, default=32, help="merged visual tokens")
+    arguments.add_argument("--model", default=str(LAB), help="a folder or id of a checkpoint")
+    arguments.add_argument("--image", default=LAB_SCENE, help="a file; without it, a drawn scene")
+    arguments.add_argument("--prompt", default=LAB_QUESTION)
+    budget = {"type": count_or_share, "help": "a count, or a share as 0.25"}
+    arguments.add_argument("--primary", default=PRIMARY, **budget)
+    arguments.add_argument("--merged", default=MERGED, **budget)
     arguments.add_argument("--keep-ratio", type=float, default=0.5, help="1 inhibits nothing")
-    arguments.add_argument("--tokens", type=int, default=32, help="length of the answer")
+    arguments.add_argument("--tokens", type=int, default=32, help="longest answer")
     given = arguments.parse_args()
 
-    model, processor = load(given.model) if given.model else tiny()
-    image = (
-        Image.open(given.image).convert("RGB")
-        if given.image
-        else Image.effect_mandelbrot((672, 448), (-2.1, -1.2, 1.1, 1.2), 100).convert("RGB")
-    )
+    model, processor = load(given.model)
+    image = Image.open(given.image).convert("RGB")
     prompt = prompt_of(processor, given.prompt)
     plain = processor(images=image, text=prompt, return_tensors="pt")
     plain = plain.to(model.device, model.dtype)

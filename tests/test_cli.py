@@ -1,4 +1,5 @@
-"""The `vmtc` command, its errors, and the CLIP tower behind ``--model``."""
+"""The `vmtc` command, its errors, `vmtc demo` without weights, and the CLIP tower behind
+``--model``; test_lab_demo.py has what the commands do without ``--model``."""
 
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vmtc_kernels import VMTCConfig, __version__, _registry, cli
+from vmtc_kernels import VMTCConfig, __version__, _registry, cli, commands
 from vmtc_kernels.patches import InputError, load_photo
 
 # every module of the extra 'demo', made impossible to import
@@ -29,7 +30,7 @@ sys.meta_path.insert(0, Blocker())
 @pytest.fixture
 def vmtc(monkeypatch, capsys, same_start):
     """Run the command in this process: exit code, stdout, stderr."""
-    monkeypatch.setattr(cli, "_MAX_SECONDS", 0.0)
+    monkeypatch.setattr(commands, "_MAX_SECONDS", 0.0)
     torch.set_num_threads(1)
 
     def run(*arguments):
@@ -51,7 +52,7 @@ def run_python(code):
 
 def test_demo_writes_the_picture_and_the_table(vmtc, tmp_path):
     out = tmp_path / "demo.png"
-    code, stdout, _ = vmtc("demo", "--out", out)
+    code, stdout, _ = vmtc("demo", "--model", "none", "--out", out)
     assert code == 0
     with Image.open(out) as image:
         assert image.size == (2000, 1570)
@@ -59,14 +60,15 @@ def test_demo_writes_the_picture_and_the_table(vmtc, tmp_path):
     assert "tokens 576 → 160 (128 primary + 32 merged)" in text
     assert "ms, median of" in text and "backend" in text and "not cuda" in text
     assert re.search(r"VMTC 160 35\.\d dB .* Smaller photo 144 33\.\d dB", text)
-    assert f"Picture: {out}" in stdout
+    assert "model none" in text and "answers none: no model is asked" in text
+    assert f"Picture: {out}" in stdout and "Question" not in stdout
 
 
 def test_demo_options(vmtc, tmp_path):
     image, out = tmp_path / "a.png", tmp_path / "b.png"
     Image.fromarray(np.arange(40 * 30 * 3, dtype=np.uint8).reshape(40, 30, 3)).save(image)
     code, stdout, _ = vmtc(
-        *("demo", "--image", image, "--primary", 32, "--merged", 16),
+        *("demo", "--model", "none", "--image", image, "--primary", 32, "--merged", 16),
         *("--metric", "euclidean", "--out", out),
     )
     assert code == 0 and out.exists()
@@ -80,6 +82,9 @@ def test_demo_options(vmtc, tmp_path):
         (["--image", "gone.png"], "no such image: gone.png"),
         (["--image", "text.png"], "cannot read text.png as an image: cannot identify"),
         (["--primary", "600"], "must be 1 to 576 for an image of 576 tokens, got 600 + 32"),
+        (["--primary", "some"], "--primary must be a count or a share, got 'some'"),
+        (["--merged", "1.5"], "num_merged as a share must be in [0, 1], got 1.5"),
+        (["--merged", "-1"], "num_merged must be"),
         (["--primary", "0", "--merged", "0"], "num_primary and num_merged must not both be 0"),
         (["--metric", "manhattan"], "metric must be one of ['cosine', 'euclidean'], got"),
         (["--out", "gone/a.png"], "cannot write gone/a.png: no directory gone"),
@@ -91,7 +96,7 @@ def test_an_error_is_one_line_and_exit_code_2(vmtc, tmp_path, monkeypatch, argum
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "folder.png").mkdir()
-    code, stdout, stderr = vmtc("demo", *arguments)
+    code, stdout, stderr = vmtc("demo", "--model", "none", *arguments)
     assert code == 2 and stdout == ""
     (line,) = stderr.splitlines()
     assert line.startswith("vmtc: ") and message in line and "VMTCConfig" not in line
@@ -105,20 +110,15 @@ def test_an_unwritable_file_is_one_line(vmtc, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Figure, "savefig", refuse)
-    code, _, stderr = vmtc("demo", "--out", tmp_path / "a.png")
+    code, _, stderr = vmtc("demo", "--model", "none", "--out", tmp_path / "a.png")
     assert code == 2 and f"vmtc: cannot write {tmp_path / 'a.png'}: Permission denied" in stderr
 
 
 def test_an_unknown_backend_is_one_line(vmtc, tmp_path, monkeypatch):
     monkeypatch.setenv("VMTC_BACKEND", "abacus")
-    code, _, stderr = vmtc("demo", "--out", tmp_path / "a.png")
+    code, _, stderr = vmtc("demo", "--model", "none", "--out", tmp_path / "a.png")
     assert code == 2 and "VMTC_BACKEND: backend must be one of" in stderr
     assert "Traceback" not in stderr
-
-
-def test_negative_counts_are_usage_errors(vmtc):
-    code, _, stderr = vmtc("demo", "--merged", "-1")
-    assert code == 2 and "--merged" in stderr and "Traceback" not in stderr
 
 
 def test_info_reports_versions_and_backends(vmtc, monkeypatch):
@@ -187,11 +187,20 @@ print(sorted({"typer", "rich", "matplotlib", "PIL", "skimage", "transformers"} &
     assert result.stdout == "[]\n", result.stderr
 
 
-def test_model_without_transformers_names_the_extra(vmtc, monkeypatch, tmp_path):
+@pytest.mark.parametrize("command", ["demo", "focus", "explain-image", "info"])
+def test_without_transformers_the_extra_is_named(vmtc, monkeypatch, command):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    code, _, stderr = vmtc("demo", "--model", "any", "--out", tmp_path / "a.png")
-    assert code == 2
-    assert '--model needs transformers: pip install "vmtc-kernels[transformers]"' in stderr
+    code, stdout, stderr = vmtc(command)
+    assert code == 2 and stdout == ""
+    assert stderr == 'vmtc needs transformers: pip install "vmtc-kernels[demo]"\n'
+
+
+def test_a_tower_without_transformers_names_its_extra(monkeypatch):
+    from vmtc_kernels.clip import ClipTower
+
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match=r'pip install "vmtc-kernels\[transformers\]"'):
+        ClipTower.load("any")
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +227,7 @@ def clip_folder(transformers, tmp_path_factory):
 def test_model_scores_are_the_cls_row_of_eager_attention(transformers, clip_folder):
     from vmtc_kernels.clip import ClipTower
 
-    tower = ClipTower(str(clip_folder))
+    tower = ClipTower.load(str(clip_folder))
     assert (tower.size, tower.patch) == (64, 8)
     assert tower.model.config._attn_implementation != "eager"
     photo = load_photo(None, tower.size)
@@ -245,7 +254,7 @@ def test_model_scores_are_the_cls_row_of_eager_attention(transformers, clip_fold
 def test_model_is_left_without_hooks(clip_folder):
     from vmtc_kernels.clip import ClipTower
 
-    tower = ClipTower(str(clip_folder))
+    tower = ClipTower.load(str(clip_folder))
     tower.tokens(load_photo(None, tower.size), VMTCConfig())
     assert not any(module._forward_hooks for module in tower.model.modules())
     with pytest.raises(InputError, match="tiny-clip has 3 encoder layers, none is layer 3"):
@@ -260,8 +269,11 @@ def test_demo_with_a_model(vmtc, clip_folder, tmp_path):
     text = words(stdout)
     assert "tokens 64 → 16 (10 primary + 6 merged)" in text and out.exists()
     assert "layer -2 of tiny-clip, attention of [CLS]" in text
-    assert "by 32 features" in text
-    code, _, stderr = vmtc(*arguments)
+    assert "by 32 features" in text and "model tiny-clip" in text
+    assert "answers none: a vision tower has no words" in text and "Question" not in text
+    code, stdout, _ = vmtc(*arguments)
+    assert code == 0 and "tokens 64 → 18 (14 primary + 4 merged)" in words(stdout)
+    code, _, stderr = vmtc(*arguments, "--primary", 128, "--merged", 32)
     assert code == 2 and "must be 1 to 64 for an image of 64 tokens, got 128 + 32" in stderr
 
 
@@ -274,7 +286,7 @@ def test_model_errors_are_one_line(vmtc, transformers, tmp_path):
     ).save_pretrained(tmp_path / "odd")
     (tmp_path / "empty").mkdir()
     for name, message in (
-        ("bert", "--model must be a CLIP model"),
+        ("bert", "--model must be a CLIP model or a LLaVA model, "),
         ("odd", "patches of 8 pixels do not fill an image of 30"),
         ("empty", f"cannot load {tmp_path / 'empty'}: Unrecognized model"),
     ):
@@ -293,4 +305,4 @@ def test_a_model_that_lacks_weights_is_refused(transformers, clip_folder, tmp_pa
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes((clip_folder / "config.json").read_bytes())
     with pytest.raises(InputError, match=r"lacks weights of the vision tower: .*layers\.2"):
-        ClipTower(str(tmp_path))
+        ClipTower.load(str(tmp_path))

@@ -118,6 +118,8 @@ def test_the_command_writes_the_picture_and_the_table(vmtc, folder, tmp_path):
     assert "text token ' colour'" in text and "image tokens 32 of 64 inhibited" in text
     assert "In layer 1 of 3 (counted from 0), a text token keeps the 50%" in text
     assert "model tiny-llava" in text and "backend" in text and f"Picture: {out}" in stdout
+    assert f"prompt {PROMPT}" in text
+    assert "answer, unmodified" in text and "answer, with CMAI" in text
 
 
 def test_options(vmtc, folder, tmp_path):
@@ -132,6 +134,8 @@ def test_options(vmtc, folder, tmp_path):
     code, stdout, _ = vmtc(*arguments, "--threshold", 0)
     text = " ".join(stdout.split())
     assert code == 0 and "token -1 of the prompt" in text and "image tokens 0 of 64" in text
+    # a threshold of 0 inhibits nothing
+    assert "answer, unmodified" in text and "with CMAI" not in text
 
 
 @pytest.mark.parametrize("layer", [None, 0, -1])
@@ -192,8 +196,23 @@ def test_only_the_text_layers_of_this_model_are_changed(llava, folder):
         assert torch.equal(before(**inputs).logits, expected)
     assert transformers.AttentionInterface()["sdpa"] is stock
     assert before.config.text_config._attn_implementation == "sdpa"
+    assert llava.model.config.text_config._attn_implementation == "sdpa"
     assert llava.model.config.vision_config._attn_implementation == "sdpa"
     assert not any("vmtc_kept" in vars(module) for module in llava.model.modules())
+
+
+def test_a_model_that_cmai_refuses_is_drawn_and_says_why(vmtc, folder, tmp_path):
+    import json
+
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"] |= {"model_type": "mistral", "sliding_window": 40}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code, stdout, stderr = vmtc("--model", tmp_path, "--out", tmp_path / "a.png")
+    text = " ".join(stdout.split())
+    assert code == 0 and (tmp_path / "a.png").exists(), stderr
+    assert "answer, unmodified" in text and "no answer CMAI needs full attention in every" in text
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -252,13 +271,6 @@ def test_an_error_is_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_the_model_must_be_given(vmtc, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, stdout, stderr = vmtc()
-    assert code == 2 and stdout == ""
-    assert stderr == "vmtc: --model is needed: the folder or id of a LLaVA model\n"
-
-
 def test_other_models_are_refused_in_one_line(vmtc, tmp_path):
     small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     bert = transformers.BertConfig(**small, num_hidden_layers=1, vocab_size=9)
@@ -289,10 +301,3 @@ def test_a_model_that_lacks_weights_is_refused(folder, tmp_path):
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"lacks weights: .*layers\.2"):
         Llava(str(tmp_path))
-
-
-def test_without_transformers_the_extra_is_named(vmtc, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    code, _, stderr = vmtc("--model", "any", "--out", tmp_path / "a.png")
-    assert code == 2
-    assert '--model needs transformers: pip install "vmtc-kernels[transformers]"' in stderr

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from vmtc_kernels import CMAIConfig
-from vmtc_kernels.focus_picture import draw, fitted, label, neighbours, sheet, summary
+from vmtc_kernels.focus_picture import draw, label, neighbours, sheet, summary
 from vmtc_kernels.llava import Focus
 from vmtc_kernels.patches import InputError, load_photo
-from vmtc_kernels.sheet import ACCENT
+from vmtc_kernels.sheet import ACCENT, fitted
 
 WORDS = ["\n", "What", " colour", " is", " the", " rocket", "?", " ASSISTANT", ":"]
 

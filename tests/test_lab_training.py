@@ -120,7 +120,14 @@ def test_places_are_stretched_and_not_lost():
 def arguments(out, steps):
     return argparse.Namespace(
         **{"out": out, "export": out / "model", "steps": steps, "every": 2, "threads": 1},
-        **{"images": 1, "vision_steps": 2, "vision_images": 2, "rate": 1e-3, "seed": 0},
+        **{
+            "images": 1,
+            "vision_steps": 2,
+            "described_steps": 1,
+            "vision_images": 2,
+            "rate": 1e-3,
+            "seed": 0,
+        },
     )
 
 

@@ -252,9 +252,11 @@ def test_palette_colours_differ():
     assert palette(0).shape == (0, 3) and palette(576).shape == (576, 3)
 
 
+@pytest.mark.parametrize("source", ["", "layer -2 of " + "m" * 200])
 @pytest.mark.parametrize("budget", [(128, 32), (32, 16), (0, 32), (128, 0), (576, 0), (0, 1)])
-def test_texts_stay_on_the_sheet_and_apart(photo, tokens, budget):
-    figure = sheet(demo_of(photo, tokens, *budget, metric="euclidean"))
+def test_texts_stay_on_the_sheet_and_apart(photo, tokens, budget, source):
+    named = tokens._replace(source=source or tokens.source)
+    figure = sheet(demo_of(photo, named, *budget, metric="euclidean"))
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in figure.texts if text.get_text()]
     boxes += [axes.get_window_extent() for axes in figure.axes]

@@ -12,7 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from . import _registry
+from .answers import Answer
 from .patches import InputError
+
+# an answer's column or row
+_HOW = {
+    "unmodified": "unmodified",
+    "VMTC": "with VMTC",
+    "CMAI": "with CMAI",
+    "VMTC and CMAI": "with VMTC and CMAI",
+}
 
 
 def number(name: str, text: str) -> int | float:
@@ -54,3 +63,32 @@ def table(rows: Iterable[tuple[str, str]], title: str = "") -> Table:
     for name, value in rows:
         made.add_row(name, Text(value))
     return made
+
+
+def answered(found: list[Answer]) -> Table:
+    """A row an answer, which is printed as it is, whatever brackets it has."""
+    made = Table(box=box.SIMPLE)
+    made.add_column("model", no_wrap=True)
+    made.add_column("image tokens", justify="right")
+    made.add_column("time", justify="right", no_wrap=True)
+    made.add_column("answer", style="bold")
+    for each in found:
+        seconds = f"{1e3 * each.seconds:.0f} ms" if each.seconds < 1 else f"{each.seconds:.1f} s"
+        made.add_row(_HOW[each.how], str(each.image_tokens), seconds, Text(_printable(each.text)))
+    return made
+
+
+def answer_rows(found: Iterable[Answer]) -> list[tuple[str, str]]:
+    """Answers as facts; what keeps a model from answering is one of these."""
+    rows: list[tuple[str, str]] = []
+    try:
+        for each in found:
+            rows.append((f"answer, {_HOW[each.how]}", _printable(each.text)))
+    except InputError as error:
+        rows.append(("no answer", str(error)))
+    return rows
+
+
+def _printable(text: str) -> str:
+    """What a model writes, without codes that a terminal would follow."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -19,12 +19,12 @@ from skimage import color
 
 from . import sheet as paper
 from .explained import CUT, DROPPED, OUTSIDE, Explained, Focus
-from .focus_picture import _width, fitted, label
+from .focus_picture import label
 from .picture import palette
-from .sheet import GAP, GREY, INK, MARGIN, TIMES, WIDTH, axes_at, enlarged, write
+from .sheet import GAP, GREY, INK, MARGIN, TEXT, TIMES, WIDTH, axes_at, enlarged, write
 
 # the key below the summary, and where panels start
-_KEY, _SWATCH, _TOP, _TEXT = 176, 40, 296, 25
+_KEY, _SWATCH, _TOP = 176, 40, 296
 # below a panel, between it and the next, and what a panel is at least, at most
 _BELOW, _BETWEEN, _NARROW, _TALL = 78, 156, 330, 1000
 # a mosaic of more cells a side has its tokens in a panel that is larger than the others
@@ -76,14 +76,14 @@ def sheet(explained: Explained, credit: str = "") -> Figure:
     write(figure, MARGIN, 138, summary(explained), 29, color=GREY)
     _key(figure, explained)
     for panel, box in zip(panels, boxes, strict=True):
-        title = fitted(panel.title, box.room, 31)
+        title = paper.fitted(panel.title, box.room, 31)
         write(figure, box.left, box.top - 14, title, 31, weight="bold")
         for line, text in enumerate(panel.below):
             y = box.top + box.height + 36 + 34 * line
-            write(figure, box.left, y, fitted(text, box.room), _TEXT, color=GREY)
+            write(figure, box.left, y, paper.fitted(text, box.room), TEXT, color=GREY)
         panel.paint(axes_at(figure, *box[:4]))
     for number, text in enumerate(caption):
-        write(figure, MARGIN, bottom + 38 * number, text, _TEXT, color=GREY)
+        write(figure, MARGIN, bottom + 38 * number, text, TEXT, color=GREY)
     return figure
 
 
@@ -191,8 +191,8 @@ def _key(figure: Figure, explained: Explained) -> None:
         slot = explained.slot[row : row + 1, column : column + 1]
         one = replace(explained, photo=explained.photo[part], slot=slot, shape=(1, 1))
         _tokens(axes_at(figure, left, _KEY, _SWATCH, _SWATCH), one)
-        write(figure, left + _SWATCH + 12, _KEY + 29, name, _TEXT, color=GREY)
-        left += _SWATCH + _width(name, _TEXT) + 60
+        write(figure, left + _SWATCH + 12, _KEY + 29, name, TEXT, color=GREY)
+        left += _SWATCH + paper.text_width(name, TEXT) + 60
 
 
 def _panels(explained: Explained) -> list[_Panel]:
@@ -214,7 +214,7 @@ def _panels(explained: Explained) -> list[_Panel]:
             f"grey: {focus.hidden} inhibited",
             f"text layer {focus.layer} of {focus.layers}",
         )
-        title = f"Focus of '{fitted(label(focus.word), 230, 31)}'"
+        title = f"Focus of '{paper.fitted(label(focus.word), 230, 31)}'"
         panels.append(_Panel(title, below, lambda axes: _focus(axes, explained, focus)))
     number = counts(explained)
     extra = f"and {explained.extra} that are no patches" if explained.extra else ""
@@ -240,8 +240,8 @@ def _caption(explained: Explained, credit: str) -> list[str]:
             "Focus: attention of the text token to the text up to it, times the attention of that"
             " text to the image; mean over heads."
         )
-    lines.append(f"Prompt: '{fitted(label(explained.prompt), 1600)}'.")
-    lines.append(f"Model: {fitted(label(explained.model), 800)}. {credit}")
+    lines.append(f"Prompt: '{paper.fitted(label(explained.prompt), 1600)}'.")
+    lines.append(f"Model: {paper.fitted(label(explained.model), 800)}. {credit}")
     return lines
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +15,7 @@ from skimage import data
 from torch import Tensor
 
 from . import _registry, checkpoints
+from .answers import Answer, answers
 from .config import CMAIConfig, VMTCConfig
 from .focus_mask import unpack
 from .llava import choose, words_of
@@ -97,9 +95,9 @@ class Explainer:
     @classmethod
     def load(cls, source: str) -> Explainer:
         """source: a folder or a model id, as `checkpoints.load` takes it."""
-        families = _families()
+        families = list(checkpoints.integration("._families").FAMILIES)
         model, processor = checkpoints.load(source, families, f"of type {', '.join(families)}")
-        return cls(model, processor, source.rstrip("/").rsplit("/", 1)[-1])
+        return cls(model, processor, checkpoints.name_of(source, model))
 
     def explain(
         self,
@@ -116,16 +114,14 @@ class Explainer:
         cmai: to see also what the text token ``token`` (see `choose`) focuses on in the text layer
         ``layer``, counted as in a Python list, by default the middle one.
         """
-        integration = importlib.import_module("vmtc_kernels.integrations.transformers")
+        attach = checkpoints.integration().attach
         noting = _Noting(**vars(vmtc))
         text, index = self._text(prompt), self._layer(layer)
         with checkpoints.refusals(f"{self.name} cannot run"):
-            with _settings():
-                handle = integration.attach(
-                    self.model, self.processor, vmtc=noting, cmai=cmai, record=True
-                )
+            with checkpoints.settings():
+                handle = attach(self.model, self.processor, vmtc=noting, cmai=cmai, record=True)
             with handle, torch.inference_mode():
-                with _settings():
+                with checkpoints.settings():
                     inputs = self._inputs(handle, image, text)
                 words = self._after_image(inputs["input_ids"][0])
                 chosen = choose(words, token)
@@ -166,6 +162,12 @@ class Explainer:
             focus=focus,
         )
 
+    def answers(
+        self, image: Image.Image, prompt: str, vmtc: VMTCConfig, cmai: CMAIConfig | None = None
+    ) -> Iterator[Answer]:
+        """What the model answers as it is, with VMTC, and with CMAI on top."""
+        return answers(self.model, self.processor, self.name, image, prompt, vmtc, cmai)
+
     def _layer(self, layer: int | None) -> int:
         layers = self.model.config.get_text_config().num_hidden_layers
         index = layers // 2 if layer is None else layer
@@ -174,26 +176,12 @@ class Explainer:
         return int(index % layers)
 
     def _text(self, prompt: str) -> str:
-        """The prompt after one placeholder, in the template of the model's chat if it has one."""
-        processor = self.processor
-        for token in (processor.image_token, getattr(processor, "video_token", None)):
-            if token and token in prompt:
-                raise InputError(f"--prompt must not contain {token}: there is one image")
-        if not getattr(processor, "chat_template", None):
-            return f"USER: {processor.image_token}\n{prompt} ASSISTANT:"
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        turn = [{"role": "user", "content": content}]
         with checkpoints.refusals(f"{self.name} cannot run"):
-            text = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return str(text)
+            return checkpoints.conversation(self.processor, prompt)
 
     def _inputs(self, handle: Any, image: Image.Image, text: str) -> Any:
-        # a template may have written the first token already
-        start = self.processor.tokenizer.bos_token
-        special = not (start and text.startswith(start))
-        return handle.prepare(
-            images=[[image]], text=[text], text_kwargs={"add_special_tokens": special}
-        )
+        options = checkpoints.text_options(self.processor, text)
+        return handle.prepare(images=[[image]], text=[text], text_kwargs=options)
 
     def _after_image(self, ids: Tensor) -> list[str]:
         """The text after the image, token by token."""
@@ -287,23 +275,3 @@ def _focus(
     hidden = torch.zeros(len(slots.primary), dtype=torch.bool)
     hidden[of_token] = inhibited[patch]
     return by_slot.numpy(), hidden.numpy(), int(inhibited.sum()), tokens
-
-
-@contextmanager
-def _settings() -> Iterator[None]:
-    """Refusals of the integration, which are the user's to mend, without the names of its parts."""
-    try:
-        yield
-    except ValueError as error:
-        text = str(error).splitlines()[0]
-        raise InputError(re.sub(r"^(attach|prepare): |VMTCConfig(\.|: )", "", text)) from error
-
-
-def _families() -> list[str]:
-    """The types of models that the integration knows."""
-    checkpoints.transformers_package()
-    try:
-        families: Any = importlib.import_module("vmtc_kernels.integrations.transformers._families")
-    except ImportError as error:
-        raise InputError(str(error)) from error
-    return list(families.FAMILIES)

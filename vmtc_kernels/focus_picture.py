@@ -17,13 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 from skimage import color
 
 from . import sheet as paper
 from .llava import Focus
-from .sheet import ACCENT, GREY, INK, MARGIN, WIDTH, axes_at, by, write
+from .sheet import ACCENT, GREY, INK, MARGIN, TEXT, WIDTH, axes_at, by, fitted, text_width, write
 
 # three large panels, the colour bar right of the second, and a row of small ones
 _LARGE, _TOP = 552, 232
@@ -31,7 +30,6 @@ _LEFT = (MARGIN, MARGIN + _LARGE + 44, WIDTH - MARGIN - _LARGE)
 _BAR, _BAR_GAP = 24, 14
 _SMALL, _COUNT = 288, 6
 _STRIP, _CHIP, _CHIP_GAP, _PAD = 930, 50, 10, 14
-_TEXT = 25
 _COLOURS = colormaps["viridis"]
 _PALE = "#e9edf1"
 _TOP_PERCENT = 99
@@ -77,7 +75,7 @@ def sheet(focus: Focus, chosen: int, credit: str = "") -> Figure:
     for column, index in enumerate(neighbours(focus.words, chosen)):
         _small(figure, focus, column, row, index, chosen)
     for number, text in enumerate(_caption(focus, credit)):
-        write(figure, MARGIN, caption + 38 * number, text, _TEXT, color=GREY)
+        write(figure, MARGIN, caption + 38 * number, text, TEXT, color=GREY)
     return figure
 
 
@@ -106,7 +104,7 @@ def _panel(figure: Figure, column: int, title: str, right: str, below: str) -> A
     left = _LEFT[column]
     write(figure, left, _TOP - 14, title, 31, weight="bold")
     write(figure, left + _LARGE, _TOP - 14, right, 27, color=GREY, ha="right")
-    write(figure, left, _TOP + _LARGE + 36, below, _TEXT, color=GREY)
+    write(figure, left, _TOP + _LARGE + 36, below, TEXT, color=GREY)
     return axes_at(figure, left, _TOP, _LARGE, _LARGE)
 
 
@@ -148,7 +146,7 @@ def _small(figure: Figure, focus: Focus, column: int, top: float, index: int, ch
     write(figure, left, top - 12, word, 27, weight="bold", color=emphasis)
     _heat(axes_at(figure, left, top, _SMALL, _SMALL), focus, index)
     total = f"sum {focus.scores[index].sum():.2g}"
-    write(figure, left, top + _SMALL + 34, total, _TEXT, color=GREY)
+    write(figure, left, top + _SMALL + 34, total, TEXT, color=GREY)
 
 
 def neighbours(words: list[str], chosen: int) -> list[int]:
@@ -209,28 +207,12 @@ def _chips(figure: Figure, top: float, line: list[str], marked: int) -> None:
         )
         figure.add_artist(box)
         centre = x + width / 2
-        write(figure, centre, top + 34, text, _TEXT, color=colour, weight=weight, ha="center")
+        write(figure, centre, top + 34, text, TEXT, color=colour, weight=weight, ha="center")
         x += width + _CHIP_GAP
 
 
 def _chip_width(text: str) -> float:
-    return 2 * _PAD + _width(text, _TEXT)
-
-
-@cache
-def _width(text: str, size: float) -> float:
-    """Pixels of a bold text, the wider: to mark a chip does not move the others."""
-    font = FontProperties(size=size, weight="bold")
-    return float(text_to_path.get_text_width_height_descent(text, font, False)[0])
-
-
-def fitted(text: str, pixels: float, size: float = _TEXT) -> str:
-    """As much of the text as fits when it is bold."""
-    if _width(text, size) <= pixels:
-        return text
-    while text and _width(text + "…", size) > pixels:
-        text = text[:-1]
-    return text + "…"
+    return 2 * _PAD + text_width(text, TEXT)
 
 
 def label(word: str) -> str:

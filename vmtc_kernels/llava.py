@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import _modality, _registry, checkpoints
+from .answers import Answer, answers
 from .config import CMAIConfig
 from .focus_mask import unpack
 from .patches import InputError
@@ -58,8 +60,7 @@ class Llava:
     def __init__(self, source: str) -> None:
         self.model, self.processor = checkpoints.load(source, ["llava"], "a LLaVA model")
         _register(importlib.import_module("transformers"))
-        self.model.set_attn_implementation({"text_config": _KEY})
-        self.name = source.rstrip("/").rsplit("/", 1)[-1]
+        self.name = checkpoints.name_of(source, self.model)
         vision = self.model.config.vision_config
         self.size, self.patch = vision.image_size, vision.patch_size
 
@@ -103,6 +104,11 @@ class Llava:
             backend=explanation.backend,
         )
 
+    def answers(self, photo: np.ndarray, prompt: str, config: CMAIConfig) -> Iterator[Answer]:
+        """What the model answers as it is, and where all of its layers inhibit."""
+        image = Image.fromarray(photo)
+        return answers(self.model, self.processor, self.name, image, prompt, cmai=config)
+
     def _attention(self, layer: int | None) -> tuple[int, Any]:
         layers = self.model.model.language_model.layers
         index = len(layers) // 2 if layer is None else layer
@@ -112,22 +118,12 @@ class Llava:
 
     def _inputs(self, photo: np.ndarray, prompt: str) -> Any:
         """Ids and pixels of the prompt, in the template of the model's chat if it has one."""
-        processor, token = self.processor, self.processor.image_token
-        if token in prompt:
-            raise InputError(f"--prompt must not contain {token}: there is one image")
-        if getattr(processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": prompt}]
-            turn = [{"role": "user", "content": content}]
-            text = processor.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        else:
-            text = f"USER: {token}\n{prompt} ASSISTANT:"
-        start = processor.tokenizer.bos_token
-        inputs = processor(
+        text = checkpoints.conversation(self.processor, prompt)
+        inputs = self.processor(
             images=Image.fromarray(photo),
             text=text,
             return_tensors="pt",
-            # a template may have written the first token already
-            text_kwargs={"add_special_tokens": not (start and text.startswith(start))},
+            text_kwargs=checkpoints.text_options(self.processor, text),
             # the patches must be those of this photograph, which has the model's size
             images_kwargs={"do_resize": False},
         )
@@ -154,11 +150,14 @@ class Llava:
     def _kept(self, attention: Any, inputs: Any) -> tuple[Tensor, Tensor, Tensor, float | None]:
         """Queries, keys, values and scale of one layer's attention in a forward pass."""
         kept: dict[str, Any] = {}
+        former = self.model.config.text_config._attn_implementation
+        self.model.set_attn_implementation({"text_config": _KEY})
         attention.vmtc_kept = kept
         try:
             self.model.model(**inputs, use_cache=False)
         finally:
             del attention.vmtc_kept
+            self.model.set_attn_implementation({"text_config": former})
         return kept["q"], kept["k"], kept["v"], kept["scale"]
 
 

@@ -28,15 +28,19 @@ from .sheet import (
     GREY,
     INK,
     MARGIN,
+    TEXT,
+    WIDTH,
     axes_at,
     blank,
     borders,
     by,
     enlarged,
     fade,
+    fitted,
     ruled,
     save,
     show,
+    text_width,
     where,
     write,
 )
@@ -189,12 +193,14 @@ def _summary(demo: Demo) -> str:
 def _caption(demo: Demo) -> list[str]:
     factor, side = downsampling(demo.grid, demo.num_primary + demo.num_merged)
     smaller = by(side * demo.patch)
+    what = "Features and importance: "
+    room = WIDTH - 2 * MARGIN - text_width(f"{what}. {demo.credit}", TEXT)
     return [
         "Every position shows the pixels of the token that stands for it. Average pooling takes"
         f" {by(factor)} tokens; smaller photo is resized to {smaller} pixels first.",
         "PSNR over all pixels, and weighted by the importance that VMTC selects by; the best is"
         " green. Pixel error does not tell how well a model answers.",
-        f"Features and importance: {demo.source}. {demo.credit}",
+        f"{what}{fitted(demo.source, room)}. {demo.credit}",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from skimage import color
 
 from .patches import InputError
@@ -16,6 +19,8 @@ from .patches import InputError
 # in pixels of the written PNG
 WIDTH, DPI = 2000, 200
 MARGIN, GAP = 56, 32
+# size of captions
+TEXT = 25
 INK, GREY, ACCENT = "#1b1f24", "#5f6b7a", "#0a7a55"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -40,6 +45,22 @@ def write(figure: Figure, x: float, y: float, text: str, size: float, **style: A
     style["parse_math"] = False
     height = figure.get_figheight() * DPI
     figure.text(x / WIDTH, 1 - y / height, text, fontsize=size * 72 / DPI, **style)
+
+
+@cache
+def text_width(text: str, size: float) -> float:
+    """Pixels of a bold text, the wider: to mark a chip does not move the others."""
+    font = FontProperties(size=size, weight="bold")
+    return float(text_to_path.get_text_width_height_descent(text, font, False)[0])
+
+
+def fitted(text: str, pixels: float, size: float = TEXT) -> str:
+    """As much of the text as fits when it is bold."""
+    if text_width(text, size) <= pixels:
+        return text
+    while text and text_width(text + "…", size) > pixels:
+        text = text[:-1]
+    return text + "…"
 
 
 def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:

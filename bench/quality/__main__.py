@@ -24,11 +24,13 @@ from rich.table import Table
 from ..environment import describe
 from . import evaluate
 from .checkpoint import FOLDER, load
-from .grid import PARTS, Row, rows
-from .reducers import TOKENS
+from .grid import PARTS, QUARTER, Row, rows
+from .questions import FAMILIES
+from .reducers import NAMED, TOKENS
 from .tune import tune
 
 SEEDS = (0, 1, 2)
+EXAMPLES = 8  # pictures with a question, for the documentation
 
 
 def main() -> None:
@@ -56,6 +58,7 @@ def measure(folder: Path, images: int, parts: tuple[str, ...], quick: bool, out:
         seen = evaluate.questions(SEEDS[0], images, "train")
         said = evaluate.responses(model, processor, seen, TOKENS)
         kept["training"] = _listed(evaluate.counts(seen, said))
+        kept["examples"] = examples(model, processor, exams[0])
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
@@ -98,9 +101,33 @@ def _kept(out: Path, what: dict[str, Any]) -> dict[str, Any]:
     if out.exists():
         old = json.loads(out.read_text())
         if all(old[name] == value for name, value in what.items()):
-            return {**new, "rows": old["rows"], "training": old["training"]}
+            return {
+                **new,
+                "rows": old["rows"],
+                "training": old["training"],
+                "examples": old["examples"],
+            }
         sys.exit(f"{out} is of another model or other images: give another --out")
     return new
+
+
+def examples(model: Any, processor: Any, exam: evaluate.Exam) -> list[dict[str, Any]]:
+    """A question on each of the first images, its answer with all tokens and with a quarter."""
+    chosen = []
+    for image in range(min(EXAMPLES, len(exam.pixels))):
+        own = [q for i, q in exam.questions if i == image and q.instructions]
+        # another family each time, as far as there is one
+        wanted = FAMILIES[image % len(FAMILIES)]
+        chosen += [(image, q) for q in sorted(own, key=lambda q: q.family != wanted)[:1]]
+    asked = evaluate.Exam(exam.pixels, tuple(chosen))
+    ours = NAMED["VMTC"]()
+    told = [evaluate.responses(model, processor, asked, TOKENS)]
+    with ours.on(model, processor, QUARTER):
+        told.append(evaluate.responses(model, processor, asked, QUARTER))
+    return [
+        {"image": image, "question": q.text, "target": q.target, "all": whole, "quarter": few}
+        for (image, q), whole, few in zip(chosen, *told, strict=True)
+    ]
 
 
 def _written(row: Row, counted: np.ndarray, seconds: float) -> dict[str, Any]:

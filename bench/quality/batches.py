@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 
 from .draw import draw
 from .model import EOS, GRID, PAD, PATCH
-from .questions import FAMILIES, ask
+from .questions import FAMILIES, ask, describe
 from .world import COLOURS, LETTERS, PATTERNS, SHAPES, Scene, sample
 
 _WEIGHTS = (0.3, 0.26, 0.14, 0.15, 0.15)  # of the families
@@ -51,7 +51,8 @@ NUM_TAGS = len(SHAPES) * len(COLOURS) + 3 * len(LETTERS)
 class Batches(IterableDataset):
     """Batches without end from a seed, from batch ``first`` on: the same one at the same place.
 
-    rows of length tokens for each of the images; tokens: those of an image.
+    rows of length tokens for each of the images; tokens: those of an image; described: share of
+    descriptions among the questions.
     """
 
     def __init__(
@@ -63,9 +64,11 @@ class Batches(IterableDataset):
         seed: int,
         first: int = 0,
         tokens: int = GRID**2,
+        described: float = 0.0,
     ) -> None:
         self.tokenizer, self.images, self.rows = tokenizer, images, rows
-        self.length, self.seed, self.first, self.tokens = length, seed, first, tokens
+        self.length, self.seed, self.first = length, seed, first
+        self.tokens, self.described = tokens, described
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
@@ -99,11 +102,15 @@ class Batches(IterableDataset):
         misses = 0
         # a long one may not have fitted where a short one would
         while misses < 2:
-            asked = ask(scene, FAMILIES[rng.choice(len(FAMILIES), p=_WEIGHTS)], rng)
-            if not asked:
-                continue
-            question = asked[rng.integers(len(asked))]
-            prompt, answer = self.tokenizer([question.text + "\n", question.target])["input_ids"]
+            if rng.random() < self.described:
+                text, target = describe(scene, rng)
+            else:
+                asked = ask(scene, FAMILIES[rng.choice(len(FAMILIES), p=_WEIGHTS)], rng)
+                if not asked:
+                    continue
+                question = asked[rng.integers(len(asked))]
+                text, target = question.text, question.target
+            prompt, answer = self.tokenizer([text + "\n", target])["input_ids"]
             whole = [*prompt, *answer, EOS]
             if len(ids) + len(whole) > self.length:
                 misses += 1

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import transformers
 
+from vmtc_kernels.laboratory import LAB
+
 from . import model as models
 
-FOLDER = Path(__file__).resolve().parents[1] / "lab"
+FOLDER = LAB
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -378,6 +378,24 @@ def _one(make: Callable[[_Maker], _Asked | None]) -> Callable[[_Maker], list[_As
     return made
 
 
+def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """What no test asks: a request for a description, of one thing or of all, and the answer.
+
+    A language model that is to find a thing by one property and to tell another learns it from
+    this, where each word hangs on those before it, far sooner than from short answers.
+    """
+    maker = _Maker(scene, rng)
+    found = maker.thing() if rng.random() < 0.7 else None
+    if found:
+        return f"describe {found[1]}.", _described(found[0])
+    things = sorted(scene.things, key=lambda t: t.x)
+    return "describe all from left to right.", ", ".join(map(_described, things))
+
+
+def _described(thing: Thing) -> str:
+    return f"{thing.size} {thing.pattern} {thing.colour} {thing.shape}"
+
+
 _MAKERS: dict[str, Callable[[_Maker], list[_Asked]]] = {
     "open": _one(_open),
     "relations": _one(_relations),

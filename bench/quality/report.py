@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..report import headline
-from .evaluate import summary
+from .evaluate import questions, summary
 from .questions import FAMILIES
 
 # of the budgets' lines: ours, those that choose or merge by what they see, those that do not look
@@ -157,7 +158,37 @@ def _change(share: dict[str, Any]) -> str:
 
 
 def draw(found: Found, folder: Path) -> None:
-    """quality-budgets.png and quality-pilot.png."""
+    """The pictures quality-world, quality-budgets and quality-pilot."""
+    _draw_world(found, folder)
+    _draw_budgets(found, folder)
+    _draw_pilot(found, folder)
+
+
+def _draw_world(found: Found, folder: Path) -> None:
+    from matplotlib.figure import Figure
+
+    told = found.run["examples"]
+    pixels = questions(found.run["seeds"][0], 1 + max(each["image"] for each in told)).pixels
+    figure = Figure(figsize=(11, 7.6), layout="constrained")
+    for axis, each in zip(figure.subplots(2, 4).flat, told, strict=False):
+        axis.imshow(pixels[each["image"]])
+        axis.set_xticks([])
+        axis.set_yticks([])
+        lines = textwrap.wrap(each["question"], 38)
+        lines += [
+            "",
+            f"144 tokens: {_shown(each['all'])}",
+            f" 36 tokens: {_shown(each['quarter'])}",
+        ]
+        axis.set_xlabel("\n".join(lines), loc="left", fontsize=8, family="monospace")
+    figure.savefig(folder / "quality-world.png", dpi=110, metadata=_source(found))
+
+
+def _shown(response: str) -> str:
+    return response.replace("\n", " / ")
+
+
+def _draw_budgets(found: Found, folder: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -204,7 +235,6 @@ def draw(found: Found, folder: Path) -> None:
     )
     figure.suptitle("A toy model on a toy world: what reducers leave", x=0.01, ha="left")
     figure.savefig(folder / "quality-budgets.png", dpi=130, metadata=_source(found))
-    _draw_pilot(found, folder)
 
 
 def _draw_pilot(found: Found, folder: Path) -> None:
