@@ -32,13 +32,14 @@ from .page.facts import (
     where_it_stops,
 )
 from .page.growth import fit
+from .quality import report as quality
 from .record import Run, read
 from .report import headline, milliseconds, reached, span
 from .suites import NAMES
 
 RESULTS = ROOT / "bench" / "results"
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-VLLM = ROOT / "docs" / "vllm.md"
+VLLM, QUALITY = ROOT / "docs" / "vllm.md", ROOT / "docs" / "quality.md"
 
 
 def main(check: bool = False, folder: Path = RESULTS) -> None:
@@ -57,6 +58,7 @@ def main(check: bool = False, folder: Path = RESULTS) -> None:
     if not check:
         for each in kept:
             draw(each)
+        quality.draw(_laboratory(), ROOT / "docs")
 
 
 @dataclass(frozen=True)
@@ -288,10 +290,25 @@ def _sweep(sweep: Sweep) -> Iterator[str]:
     )
 
 
+def _laboratory() -> quality.Found:
+    """The newest run of the laboratory."""
+    found = [quality.Found(path) for path in RESULTS.glob("quality-*.json")]
+    return max(found, key=lambda each: str(each.run["environment"]["date"]))
+
+
+def _of_laboratory(name: str) -> Callable[[list[Kept], Path], str]:
+    def write(kept: list[Kept], page: Path) -> str:
+        found = _laboratory()
+        return f"{quality.sections(found)[name]}\n\n{link(found.path, page)}"
+
+    return write
+
+
 PAGES: dict[Path, dict[str, Callable[[list[Kept], Path], str]]] = {
     README: {"bench": speed, "model": model, "serving": serving_table},
     VLLM: {"serving": serving_table},
     BENCHMARKS: {"bench": tables, "llava": models},
+    QUALITY: {name: _of_laboratory(name) for name in quality.SECTIONS},
 }
 
 

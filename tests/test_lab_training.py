@@ -150,17 +150,19 @@ def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
     train.train(arguments(tmp_path / "whole", 4))
     with monkeypatch.context() as stopped:
-        step = train.Optimizers.step
+        step, done = train.Optimizers.step, []
 
         def stop(self, index):
-            if index == 3:
+            if len(done) == 3:
                 raise KeyboardInterrupt
+            done.append(index)
             step(self, index)
 
         stopped.setattr(train.Optimizers, "step", stop)
         with pytest.raises(KeyboardInterrupt):
             train.train(arguments(tmp_path / "parts", 4))
     assert torch.load(tmp_path / "parts" / "last.pt", weights_only=True)["step"] == 2
+    assert done == [0, 1, 0]
     train.train(arguments(tmp_path / "parts", 4))
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys()

@@ -20,7 +20,7 @@ from .model import EOS, GRID, PAD, PATCH
 from .questions import FAMILIES, ask, describe
 from .world import COLOURS, LETTERS, PATTERNS, SHAPES, Scene, sample
 
-_WEIGHTS = (0.3, 0.26, 0.14, 0.15, 0.15)  # of the families
+_WEIGHTS = (0.26, 0.26, 0.1, 0.13, 0.25)  # of the families
 IGNORED = -100
 
 
@@ -102,23 +102,16 @@ class Batches(IterableDataset):
         misses = 0
         # a long one may not have fitted where a short one would
         while misses < 2:
-            if rng.random() < self.described:
-                text, target = describe(scene, rng)
-            else:
-                asked = ask(scene, FAMILIES[rng.choice(len(FAMILIES), p=_WEIGHTS)], rng)
-                if not asked:
+            for text, target in self._texts(scene, rng):
+                prompt, answer = self.tokenizer([text + "\n", target])["input_ids"]
+                whole = [*prompt, *answer, EOS]
+                if len(ids) + len(whole) > self.length:
+                    misses += 1
                     continue
-                question = asked[rng.integers(len(asked))]
-                text, target = question.text, question.target
-            prompt, answer = self.tokenizer([text + "\n", target])["input_ids"]
-            whole = [*prompt, *answer, EOS]
-            if len(ids) + len(whole) > self.length:
-                misses += 1
-                continue
-            segments += [segments[-1] + 1 if segments else 0] * len(whole)
-            ids += whole
-            labels += [*[IGNORED] * (len(prompt) - 1), *answer, EOS, IGNORED]
-            positions += [start + i for i in range(len(whole))]
+                segments += [segments[-1] + 1 if segments else 0] * len(whole)
+                ids += whole
+                labels += [*[IGNORED] * (len(prompt) - 1), *answer, EOS, IGNORED]
+                positions += [start + i for i in range(len(whole))]
         rest = self.length - len(ids)
         return (
             np.array(ids + [PAD] * rest),
@@ -126,6 +119,15 @@ class Batches(IterableDataset):
             np.array(segments + [-1] * rest),
             np.array(positions + [0] * rest, dtype=np.float32),
         )
+
+    def _texts(self, scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+        """A request and its answer; of a pair both, as one corrects the other."""
+        if rng.random() < self.described:
+            return [describe(scene, rng)]
+        asked = ask(scene, FAMILIES[rng.choice(len(FAMILIES), p=_WEIGHTS)], rng)
+        if len(asked) == 3:
+            asked = [asked[rng.integers(3)]]
+        return [(question.text, question.target) for question in asked]
 
 
 def _positions(rng: np.random.Generator, count: int) -> tuple[np.ndarray, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +64,7 @@ class Found:
 
 def sections(found: Found) -> dict[str, str]:
     """Markdown by the name of its place."""
-    return {
-        "reached": reached(found),
-        "budgets": budgets(found),
-        "families": families(found),
-        "vmtc": variants(found, "vmtc"),
-        "cmai": variants(found, "cmai"),
-        "pilot": variants(found, "pilot"),
-        "tuned": variants(found, "tuned"),
-    }
+    return {name: write(found) for name, write in SECTIONS.items()}
 
 
 def reached(found: Found) -> str:
@@ -141,6 +135,14 @@ def variants(found: Found, part: str) -> str:
             cells += [_cell(result[measure]), _change(result[measure])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[Found], str]] = {
+    "reached": reached,
+    "budgets": budgets,
+    "families": families,
+    **{part: partial(variants, part=part) for part in ("vmtc", "cmai", "pilot", "tuned")},
+}
 
 
 def _share(found: Found, key: str, measure: str) -> float:

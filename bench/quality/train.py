@@ -1,10 +1,10 @@
 """Train the laboratory's model from nothing: `make lab-train`.
 
-LLaVA begins with a trained encoder. Here it learns first, and goes on while the language model
-learns answers: each patch tells what covers it, and [CLS] what there is in the picture, as an
-encoder trained on captions would know. The attention of [CLS] is what VMTC takes for importance.
-As LLaVA does, the language model begins with descriptions, which teach it to find a thing in the
-picture; with questions alone it had not learned that after two thousand steps.
+LLaVA begins with a trained encoder, which stays as it is. Here it has to learn first: each patch
+tells what covers it, and [CLS] what there is in the picture, as an encoder trained on captions
+would know; its attention is what VMTC takes for importance. Then projector and language model
+learn, as LLaVA's do from captions first: they teach to find a thing in the picture, which was not
+learned from questions alone in two thousand steps.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ _CACHE_NAME = next(
     if name in signature(transformers.LlamaModel.forward).parameters
 )
 ROWS, LENGTH = 3, 112
-_PATCH_WEIGHT, _TAG_WEIGHT = 0.5, 5.0
+_TAG_WEIGHT = 10.0
+_WARMUP = 50  # steps
 _DESCRIBED = 0.7, 0.3  # share of descriptions, at first and later
 _DECAY = 0.4  # share of the steps, at the end, in which the rate falls to zero
 
@@ -52,12 +54,10 @@ class Lesson(nn.Module):
         self.patches = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(PATCH_CLASSES)))
         self.tags = nn.Linear(width, NUM_TAGS)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Its losses, of the answers only where there are questions."""
-        inner = self.model.model
-        seen = inner.vision_tower(normalized(batch.pixels), output_hidden_states=True)
-        tokens = seen.hidden_states[-2][:, 1:]
-        patches = self.patches(tokens).float().split(list(PATCH_CLASSES), dim=-1)
+    def see(self, batch: Batch) -> dict[str, Tensor]:
+        """What the encoder is taught by."""
+        seen = self.model.model.vision_tower(normalized(batch.pixels), output_hidden_states=True)
+        patches = self.patches(seen.hidden_states[-2][:, 1:]).float().split(PATCH_CLASSES, dim=-1)
         losses = {
             "patches": sum(
                 cross_entropy(each.flatten(0, 1), batch.patches[..., i].flatten())
@@ -67,13 +67,17 @@ class Lesson(nn.Module):
                 self.tags(seen.pooler_output).float(), batch.tags
             ),
         }
-        losses["loss"] = _PATCH_WEIGHT * losses["patches"] + _TAG_WEIGHT * losses["tags"]
-        if batch.ids.shape[1]:
-            said, targets = answers(self.model, batch, inner.multi_modal_projector(tokens))
-            losses["answers"] = cross_entropy(said.float(), targets)
-            losses["right"] = (said.argmax(-1) == targets).float().mean()
-            losses["loss"] = losses["loss"] + losses["answers"]
-        return losses
+        return {**losses, "loss": losses["patches"] + _TAG_WEIGHT * losses["tags"]}
+
+    def answer(self, batch: Batch) -> dict[str, Tensor]:
+        """What projector and language model are taught by; the encoder stays as it is."""
+        inner = self.model.model
+        with torch.no_grad():
+            seen = inner.vision_tower(normalized(batch.pixels), output_hidden_states=True)
+        image = inner.multi_modal_projector(seen.hidden_states[-2][:, 1:])
+        said, targets = answers(self.model, batch, image)
+        right = (said.argmax(-1) == targets).float().mean()
+        return {"loss": cross_entropy(said.float(), targets), "right": right}
 
 
 def answers(model: Any, batch: Batch, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,29 +144,23 @@ def use_training_attention(model: Any) -> None:
 
 class Optimizers:
     """Muon for the matrices of the layers, AdamW for all else; the rate warms up, stays, and falls
-    to zero."""
+    to zero in the last steps."""
 
-    def __init__(self, lesson: Lesson, rate: float, steps: int, warmup: int) -> None:
-        inner = lesson.model.model
-        layers = (inner.vision_tower, inner.language_model.layers, inner.multi_modal_projector)
-        matrices = [
-            p
-            for module in layers
-            for name, p in module.named_parameters()
-            if p.ndim == 2 and "embedding" not in name
-        ]
-        chosen = {id(p) for p in matrices}
-        others = [p for p in lesson.parameters() if id(p) not in chosen]
+    def __init__(self, modules: Sequence[nn.Module], rate: float, steps: int) -> None:
+        named = {p: name for module in modules for name, p in module.named_parameters()}
+        # a table of embeddings is none, and no more is what reads off the labels
+        matrices = [p for p, name in named.items() if p.ndim == 2 and "layers" in name]
+        chosen = set(matrices)
+        others = [p for p in named if p not in chosen]
         self.each = [
             torch.optim.Muon(matrices, lr=rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01),
         ]
-        self.rate, self.steps, self.warmup = rate, steps, warmup
-        self.parameters = list(lesson.parameters())
+        self.rate, self.steps, self.parameters = rate, steps, list(named)
 
     def step(self, index: int) -> None:
         left = (self.steps - index) / (_DECAY * self.steps)
-        share = min(1.0, (index + 1) / self.warmup, left)
+        share = min(1.0, (index + 1) / _WARMUP, left)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for each in self.each:
             for group in each.param_groups:
@@ -195,7 +193,13 @@ def train(given: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = models.tokenizer()
     lesson = Lesson(models.build(len(tokenizer))).to(device)
-    optimizers = Optimizers(lesson, given.rate, given.steps, min(200, 1 + given.steps // 10))
+    inner, looks = lesson.model.model, given.vision_steps
+    optimizers = [
+        Optimizers([inner.vision_tower, lesson.patches, lesson.tags], given.rate, looks),
+        Optimizers(
+            [inner.multi_modal_projector, inner.language_model], given.rate, given.steps - looks
+        ),
+    ]
     given.out.mkdir(parents=True, exist_ok=True)
     last = given.out / "last.pt"
     first = _resume(last, lesson, optimizers, device)
@@ -203,8 +207,8 @@ def train(given: argparse.Namespace) -> None:
     # images and rows of text in a step, share of descriptions, by the step from which on
     stages = {
         0: (given.vision_images, 0, 0.0),
-        given.vision_steps: (given.images, ROWS, _DESCRIBED[0]),
-        given.vision_steps + given.described_steps: (given.images, ROWS, _DESCRIBED[1]),
+        looks: (given.images, ROWS, _DESCRIBED[0]),
+        looks + given.described_steps: (given.images, ROWS, _DESCRIBED[1]),
     }
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
@@ -220,9 +224,12 @@ def train(given: argparse.Namespace) -> None:
                 loader = iter(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4))
             batch = next(loader).to(device)
             with torch.autocast(device, torch.bfloat16):
-                losses = lesson(batch)
+                losses = lesson.see(batch) if index < looks else lesson.answer(batch)
             losses["loss"].backward()
-            optimizers.step(index)
+            if index < looks:
+                optimizers[0].step(index)
+            else:
+                optimizers[1].step(index - looks)
             progress.update(task, advance=1, description=log.add(index + 1, losses))
             if (index + 1) % given.every == 0 or index + 1 == given.steps:
                 _save(last, lesson, optimizers, index + 1)
@@ -258,19 +265,20 @@ class _Log:
         return self.told
 
 
-def _resume(last: Path, lesson: Lesson, optimizers: Optimizers, device: str) -> int:
+def _resume(last: Path, lesson: Lesson, optimizers: list[Optimizers], device: str) -> int:
     """The steps that are done."""
     if not last.exists():
         return 0
     saved = torch.load(last, map_location=device, weights_only=True)
     lesson.load_state_dict(saved["lesson"])
-    for each, state in zip(optimizers.each, saved["optimizers"], strict=True):
-        each.load_state_dict(state)
+    each = (each for both in optimizers for each in both.each)
+    for one, state in zip(each, saved["optimizers"], strict=True):
+        one.load_state_dict(state)
     return int(saved["step"])
 
 
-def _save(last: Path, lesson: Lesson, optimizers: Optimizers, step: int) -> None:
-    states = [each.state_dict() for each in optimizers.each]
+def _save(last: Path, lesson: Lesson, optimizers: list[Optimizers], step: int) -> None:
+    states = [each.state_dict() for both in optimizers for each in both.each]
     new = last.with_suffix(".new")
     torch.save({"lesson": lesson.state_dict(), "optimizers": states, "step": step}, new)
     new.replace(last)
