@@ -58,7 +58,7 @@ def main(check: bool = False, folder: Path = RESULTS) -> None:
     if not check:
         for each in kept:
             draw(each)
-        quality.draw(_laboratory(), ROOT / "docs")
+        draw_laboratory()
 
 
 @dataclass(frozen=True)
@@ -294,6 +294,10 @@ def _laboratory() -> quality.Found:
     """The newest run of the laboratory."""
     found = [quality.Found(path) for path in RESULTS.glob("quality-*.json")]
     return max(found, key=lambda each: str(each.run["environment"]["date"]))
+
+
+def draw_laboratory() -> None:
+    quality.draw(_laboratory(), ROOT / "docs")
 
 
 def _of_laboratory(name: str) -> Callable[[list[Kept], Path], str]:

@@ -147,6 +147,7 @@ def test_a_page_is_rewritten_between_its_marks(run, tmp_path, monkeypatch):
     monkeypatch.setattr(docs, "newest", lambda _: [run])
     monkeypatch.setattr(docs, "PAGES", {page: {"bench": lambda all_, _: all_[0].path.name}})
     drawn = []
+    monkeypatch.setattr(docs, "draw_laboratory", lambda: None)
     monkeypatch.setattr(docs, "draw", drawn.append)
     page.write_text("above\n")
     with pytest.raises(SystemExit, match="no place for bench"):

@@ -124,6 +124,8 @@ def families(found: Found) -> str:
 
 def variants(found: Found, part: str) -> str:
     """A part's rows with their change."""
+    if not found.of(part):
+        return "Not measured yet."
     lines = [
         "| | tokens | understanding | change | all instructions | change |",
         "|---|---:|---:|---:|---:|---:|",
