@@ -173,23 +173,17 @@ def _draw_world(found: Found, folder: Path) -> None:
 
     told = found.run["examples"]
     pixels = questions(found.run["seeds"][0], 1 + max(each["image"] for each in told)).pixels
-    figure = Figure(figsize=(11, 7.6), layout="constrained")
+    figure = Figure(figsize=(11, 8.4), layout="constrained")
     for axis, each in zip(figure.subplots(2, 4).flat, told, strict=False):
         axis.imshow(pixels[each["image"]])
         axis.set_xticks([])
         axis.set_yticks([])
-        lines = textwrap.wrap(each["question"], 38)
-        lines += [
-            "",
-            f"144 tokens: {_shown(each['all'])}",
-            f" 36 tokens: {_shown(each['quarter'])}",
-        ]
+        lines = [*textwrap.wrap(each["question"], 34), ""]
+        for tokens, response in (("144", each["all"]), (" 36", each["quarter"])):
+            shown = textwrap.shorten(response.replace("\n", " / "), 40, placeholder=" ...")
+            lines += textwrap.wrap(f"{tokens} tokens: {shown}", 34, subsequent_indent=" " * 12)
         axis.set_xlabel("\n".join(lines), loc="left", fontsize=8, family="monospace")
     figure.savefig(folder / "quality-world.png", dpi=110, metadata=_source(found))
-
-
-def _shown(response: str) -> str:
-    return response.replace("\n", " / ")
 
 
 def _draw_budgets(found: Found, folder: Path) -> None:
