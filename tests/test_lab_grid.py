@@ -86,8 +86,12 @@ def test_a_run_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     assert len(asked) == len(lab.SEEDS)
     again = json.loads(half.read_text())["rows"][-1]
     assert {**again, "seconds": 0} == {**gone, "seconds": 0}
-    with pytest.raises(SystemExit, match=r"half\.json is of another model or other images"):
+    with pytest.raises(SystemExit, match=r"half\.json is of another model, commit or other images"):
         lab.measure(FOLDER, 2, ("pilot",), True, half)
+    kept["environment"]["commit"] = "another"
+    half.write_text(json.dumps(kept))
+    with pytest.raises(SystemExit, match="another model, commit"):
+        lab.measure(FOLDER, 1, ("pilot",), True, half)
 
 
 def test_pages_and_pictures(run, tmp_path):

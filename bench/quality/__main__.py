@@ -100,14 +100,15 @@ def _kept(out: Path, what: dict[str, Any]) -> dict[str, Any]:
     new = {"environment": describe(os.cpu_count() or 1), **what, "rows": []}
     if out.exists():
         old = json.loads(out.read_text())
-        if all(old[name] == value for name, value in what.items()):
+        same = old["environment"]["commit"] == new["environment"]["commit"]
+        if same and all(old[name] == value for name, value in what.items()):
             return {
                 **new,
                 "rows": old["rows"],
                 "training": old["training"],
                 "examples": old["examples"],
             }
-        sys.exit(f"{out} is of another model or other images: give another --out")
+        sys.exit(f"{out} is of another model, commit or other images: give another --out")
     return new
 
 

@@ -77,7 +77,8 @@ def reached(found: Found) -> str:
     lines = ["| | test | as in training |", "|---|---:|---:|"]
     for name, column in zip(names, columns, strict=True):
         lines.append(f"| {name} | {_cell(test[column])} | {_cell(train[column])} |")
-    return "\n".join([f"{found.head()}.", "", *lines])
+    scenes = f"The second column is of {len(found.run['training'])} scenes, as in training."
+    return "\n".join([f"{found.head()}. {scenes}", "", *lines])
 
 
 def budgets(found: Found) -> str:
