@@ -9,8 +9,9 @@
 #   WHEELS  a folder of wheels to install for this run alone; .whl/ here, if it is there
 #   COMMIT  what the record says where there is no git repository
 #   SECONDS_IN_ALL  the time for everything (570)
+#   PARTS  what of "tests sanitizer benchmarks" to do; environment and build always (all three)
 set -uo pipefail
-[ $# -eq 1 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 64; }
+[ $# -eq 1 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 64; }
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
@@ -21,11 +22,18 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 export PYTHONUNBUFFERED=1
 failed=0
+parts=" ${PARTS:-tests sanitizer benchmarks} "
+wanted() { [[ $parts == *" $1 "* ]]; }
+# what the parts that are not wanted would have had of the reserves
+spared=0
+wanted sanitizer || spared=$((spared + 60))
+wanted benchmarks || spared=$((spared + 130))
 
 # phase NAME LIMIT RESERVE LOG COMMAND...: LIMIT seconds at most, and RESERVE kept for what follows
 phase() {
     local name=$1 limit=$2 reserve=$3 log=$folder/$4 started=$SECONDS status=0
     shift 4
+    ((reserve = reserve > spared ? reserve - spared : 0))
     local left=$((budget - (SECONDS - begin) - reserve))
     ((left < limit)) && limit=$left
     if ((limit < 5)); then
