@@ -10,8 +10,9 @@
 #   COMMIT  what the record says where there is no git repository
 #   SECONDS_IN_ALL  the time for everything (570)
 #   PARTS  what of "tests sanitizer benchmarks" to do; environment and build always (all three)
+#   BENCHMARKS  which (all: "phases focus decode importance kmeans merge llava sweeps")
 set -uo pipefail
-[ $# -eq 1 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 64; }
+[ $# -eq 1 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 64; }
 mkdir -p "$1"
 folder=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
@@ -23,11 +24,17 @@ trap 'rm -rf "$scratch"' EXIT
 export PYTHONUNBUFFERED=1
 failed=0
 parts=" ${PARTS:-tests sanitizer benchmarks} "
+benchmarks=" ${BENCHMARKS:-phases focus decode importance kmeans merge llava sweeps} "
 wanted() { [[ $parts == *" $1 "* ]]; }
 # what the parts that are not wanted would have had of the reserves
 spared=0
 wanted sanitizer || spared=$((spared + 60))
-wanted benchmarks || spared=$((spared + 130))
+if ! wanted benchmarks; then
+    spared=$((spared + 130))
+    benchmarks=
+elif [[ $benchmarks != *" llava "* ]]; then
+    spared=$((spared + 55))
+fi
 
 # phase NAME LIMIT RESERVE LOG COMMAND...: LIMIT seconds at most, and RESERVE kept for what follows
 phase() {
@@ -115,37 +122,45 @@ pytest() {
         "$python" -m pytest -v -p no:cacheprovider "${limits[@]}" \
         --junitxml="$scratch/$name.xml" "$@"
 }
-pytest gpu-tests 90 285 "${alone[@]}" -k 'test_gpu or triton or cuda' tests/test_gpu.py tests/test_limits.py
-# opcheck, compilation and export ask little of a kernel and take much of the time: they come last
-operators=(tests/test_{token_importance,kmeans,merge_tokens,triton}.py)
-operators+=(tests/test_{focus_scores,focus_mask,masked_attention,focus_attention}.py)
-operators+=(tests/test_paged_focus_attention.py)
-slow='opcheck or compiles or exports'
-pytest operator-tests 120 225 "${jobs[@]}" -k "(triton or cuda) and not ($slow)" "${operators[@]}"
-pytest compile-tests 75 195 "${jobs[@]}" -k "(triton or cuda) and ($slow)" "${operators[@]}"
+if wanted tests; then
+    pytest gpu-tests 90 285 "${alone[@]}" -k 'test_gpu or triton or cuda' tests/test_gpu.py tests/test_limits.py
+    # opcheck, compilation and export ask little of a kernel and take much of the time: they come last
+    operators=(tests/test_{token_importance,kmeans,merge_tokens,triton}.py)
+    operators+=(tests/test_{focus_scores,focus_mask,masked_attention,focus_attention}.py)
+    operators+=(tests/test_paged_focus_attention.py)
+    slow='opcheck or compiles or exports'
+    pytest operator-tests 120 225 "${jobs[@]}" -k "(triton or cuda) and not ($slow)" "${operators[@]}"
+    pytest compile-tests 75 195 "${jobs[@]}" -k "(triton or cuda) and ($slow)" "${operators[@]}"
+fi
 
-# compiles what they need that no test has, which under the sanitizer would take its time
-phase sanitizer-cases 40 215 sanitizer.log "$python" bench/sanitize_cases.py
-# each allocation by itself, so that what lies behind it is nobody's
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-sanitize() {
-    # what a library asks the driver for and does not get is no fault of a kernel
-    local errors=()
-    [ "$1" = memcheck ] && errors=(--report-api-errors no)
-    phase "$1" "$2" "$3" sanitizer.log compute-sanitizer --tool "$1" --error-exitcode 86 \
-        --print-limit 20 "${errors[@]}" "$python" bench/sanitize_cases.py
-}
-sanitize memcheck 40 175
-sanitize racecheck 40 135
-unset PYTORCH_NO_CUDA_MEMORY_CACHING
+if wanted sanitizer; then
+    # compiles what they need that no test has, which under the sanitizer would take its time
+    phase sanitizer-cases 40 215 sanitizer.log "$python" bench/sanitize_cases.py
+    # each allocation by itself, so that what lies behind it is nobody's
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    sanitize() {
+        # what a library asks the driver for and does not get is no fault of a kernel
+        local errors=()
+        [ "$1" = memcheck ] && errors=(--report-api-errors no)
+        phase "$1" "$2" "$3" sanitizer.log compute-sanitizer --tool "$1" --error-exitcode 86 \
+            --print-limit 20 "${errors[@]}" "$python" bench/sanitize_cases.py
+    }
+    sanitize memcheck 40 175
+    sanitize racecheck 40 135
+    unset PYTORCH_NO_CUDA_MEMORY_CACHING
+fi
 
 # each in a process of its own, the short ones first: what is out of time is the last of the set-ups
 number=0
 benchmark() {
+    [[ $benchmarks == *" $1 "* ]] || return 0
     number=$((number + 1))
     phase "benchmark $1" "$2" "$3" bench.log "$python" -m bench run "${@:4}" --device cuda --quick \
         --out "$scratch/bench-$number-$1.json"
 }
+if [[ $benchmarks == *" phases "* ]]; then
+    phase phases 60 160 phases.log "$python" -m bench.phases --out "$folder/phases.json"
+fi
 benchmark focus 50 150 focus
 benchmark decode 50 125 decode
 benchmark importance 30 110 importance

@@ -164,7 +164,14 @@ def assert_same_objective(labels: np.ndarray, image: oracle.Clustering) -> None:
 
 
 def peak_memory(call: Callable[[], Any]) -> int:
-    """Bytes of CPU tensors allocated at once during a call, its results among them."""
+    """Bytes of tensors allocated at once during a call, its results among them."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         call()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -70,13 +71,27 @@ def same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, same_start: None) -> Iterator[str]:
     """Each backend that can run here, forced, so that none silently falls back to another."""
+    with forced(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+def kernel(request: pytest.FixtureRequest, same_start: None) -> Iterator[str]:
+    """`backend` without the reference, of which less is promised."""
+    with forced(request.param):
+        yield request.param
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """The backend, and its device as that of new tensors."""
     former = torch.get_default_device()
-    if device_of(request.param) != former.type:
-        torch.set_default_device(device_of(request.param))
-    if request.param == "reference":
+    if device_of(name) != former.type:
+        torch.set_default_device(device_of(name))
+    if name == "reference":
         # its many small steps only wait for one another on a busy machine
         torch.set_num_threads(1)
-    with vmtc_kernels.use_backend(request.param):
-        yield request.param
+    with vmtc_kernels.use_backend(name):
+        yield
     if torch.get_default_device() != former:
         torch.set_default_device(None)

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from cases import (
-    BACKENDS,
     FLOATS,
     METRICS,
     WEIGHTINGS,
@@ -340,14 +339,12 @@ def test_compiles_to_code_around_the_operator() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
-def test_workspace(name: str, batch: int) -> None:
+def test_workspace(kernel: str, batch: int) -> None:
     """At most one and a half times the redundant tokens in float32, beside the results."""
     N, P, D = 576, 128, 1024
     x, scores = normal(batch, N, D), uniform(batch, N)
-    with use_backend(name):
-        size = sum(t.nbytes for t in results(merge_tokens(x, scores, P, 32)))
-        peak = peak_memory(lambda: merge_tokens(x, scores, P, 32, metric="euclidean"))
+    size = sum(t.nbytes for t in results(merge_tokens(x, scores, P, 32)))
+    peak = peak_memory(lambda: merge_tokens(x, scores, P, 32, metric="euclidean"))
     assert size < peak <= size + 1.5 * batch * (N - P) * D * 4
 
 

@@ -110,11 +110,13 @@ def text_softmax_kernel(
         inside &= tl.load(keys_ptr + j, mask=inside & (j < looked), other=0) != -1
         at = key_offsets(table_ptr, j, inside, page, step, PAGE)
         x = products(q, q_ptr, q_offsets, t < texts, k_ptr, at, inside, D, BLOCK_D, CHUNK, True)
-        x = tl.where(inside[None, :] & (j[None, :] <= position[:, None]), x * sign, float("-inf"))
+        wanted = inside[None, :] & (j[None, :] <= position[:, None])
         former = largest
-        largest = tl.maximum(former, tl.max(x, 1))
+        largest = tl.maximum(former, tl.max(tl.where(wanted, x * sign, float("-inf")), 1))
         base = tl.where(largest == float("-inf"), 0.0, largest)
-        total = total * tl.exp2(former - base) + tl.sum(tl.exp2(x - base[:, None]), 1)
+        # rounded once, as text_attention does it: of large logits the difference is felt
+        x = tl.where(wanted, tl.fma(x, sign, -base[:, None]), float("-inf"))
+        total = total * tl.exp2(former - base) + tl.sum(tl.exp2(x), 1)
     tl.store(largest_ptr + head * Lq + t, largest, mask=t < texts)
     total = tl.where(t < texts, total, 1.0)
     tl.store(inverses_ptr + head * Lq + t, 1.0 / total, mask=t < texts)
@@ -240,7 +242,7 @@ def text_attention_kernel(
         row = (b * H + h) * Lq + t
         largest = tl.load(largest_ptr + row, mask=within, other=0.0)
         inverse = tl.load(inverses_ptr + row, mask=within, other=0.0)
-        total += tl.exp2(x * sign - largest[:, None]) * inverse[:, None]
+        total += tl.exp2(tl.fma(x, sign, -largest[:, None])) * inverse[:, None]
     wanted = inside[None, :] & (j[None, :] <= position[:, None])
     store_attention(
         total / heads,
