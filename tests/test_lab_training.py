@@ -8,6 +8,7 @@ import torch
 
 from bench.quality import batches, model, train
 from bench.quality.batches import IGNORED, Batches
+from bench.quality.questions import FAMILIES, ask, describe, letters
 from bench.quality.world import COLOURS, LETTERS, PATTERNS, SHAPES, sample
 
 PREFIX = 1 + model.GRID**2
@@ -53,6 +54,35 @@ def test_patches_and_tags_tell_what_is_there():
         assert tags[:36].sum() == len(kinds) and tags[36:].sum() == len(word)
         covered = {tuple(p) for p in patches[:, :2].tolist() if p[0]}
         assert covered == {(SHAPES.index(s) + 1, COLOURS.index(c) + 1) for s, c in kinds}
+
+
+def test_every_request_has_room_in_a_row(tokenizer):
+    lengths = []
+    for i in range(600):
+        scene, rng = sample("train", (6, i)), np.random.default_rng(i)
+        asked = [q for family in FAMILIES for q in ask(scene, family, rng)]
+        pairs = [(q.text, q.target) for q in asked] + [describe(scene, rng), letters(rng)]
+        for parts in pairs:
+            prompt, answer = tokenizer([parts[0] + "\n", parts[1]])["input_ids"]
+            lengths.append(len(prompt) + len(answer) + 1)
+    assert max(lengths) <= train.LENGTH and np.mean(lengths) < train.LENGTH / 3
+    # options alone are what the tokenizer knows
+    assert tokenizer.tokenize("which letter is blue? (a) red (b) blue") == [
+        *("which", "Ġletter", "Ġis", "Ġblue", "?", "Ġ(", "a", ")", "Ġred", "Ġ(", "b", ")", "Ġblue"),
+    ]
+
+
+@pytest.mark.parametrize("described", (0.7, 0.3, 0.0))
+def test_a_quarter_of_the_descriptions_is_of_options_alone(described, monkeypatch):
+    data, scene = Batches(None, 1, 1, 1, seed=0, described=described), sample("train", (1, 1))
+    first, again = ([data._texts(scene, np.random.default_rng(i)) for i in range(60)] for _ in "ab")
+    assert first == again
+    monkeypatch.setattr(batches, "letters", lambda rng: ("letters", ""))
+    monkeypatch.setattr(batches, "describe", lambda scene, rng: ("described", ""))
+    rng = np.random.default_rng(0)
+    told = [data._texts(scene, rng)[:1] for _ in range(2000)]
+    for text, share in (("letters", 0.25), ("described", 0.75)):
+        assert abs(told.count([(text, "")]) / 2000 - described * share) < 0.03
 
 
 def test_batches_are_those_of_their_place(tokenizer):

@@ -6,9 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from bench.quality import instructions, questions, world
+from bench.quality import instructions, world
 from bench.quality.draw import PHOTOGRAPHS, draw
-from bench.quality.questions import FAMILIES, ask
+from bench.quality.questions import FAMILIES, ask, letters
+from bench.quality.wordings import CHOICES, LETTER_OF, OPENINGS, SENTENCES, VALUE_OF
 from bench.quality.world import COLOURS, NUMBERS, PATTERNS, SHAPES, SIZES, sample
 
 SPLITS = ("train", "test")
@@ -36,19 +37,58 @@ def named(scene, phrase):
     return things[0]
 
 
-NAME = r"(the (?:(?:\w+ )?(?:circle|square|triangle|star|cross|ring)|\w+ object))"
-PROPERTY = r"(?:what|which|name|tell|is|how).*"
+NAME = r"(the (?:(?:\w+ )?(?:circle|square|triangle|star|cross|ring)\b|\w+ object\b))"
+# before the thing that another is compared with
+REFERENCE = rf"(?:(?:of|from|above|below|compared with|look at) ){NAME}"
+OPTIONS = r"\(([abcd])\) (\w+)"
+# what the reading below understands in a question beside its names and values; it must not have
+# any word that turns an answer round
+KNOWN = set(
+    re.findall(
+        "[a-z]+",
+        """
+        a above alike all also among an and answer answers are as at be below by called can choose
+        color colour colours compared comparing count do does each every find first for from give go
+        going has have how in is it its left leftmost letter lies list look looking many me name
+        number object objects of on one or order painted pattern picture placed reach read right s
+        same say says see seen shape shared show shown shows side sign size something start starting
+        tell that the there they thing this to true what when where whether which with word would
+        written you
+        """,
+    )
+)
+
+
+def one(pattern, text):
+    """What a pattern finds in a text, which has it once or again and again."""
+    found = set(re.findall(pattern, text))
+    assert len(found) == 1, (pattern, text)
+    return found.pop()
 
 
 def truth(scene, kind, text):
     """The answer by reading the question again, from the scene alone."""
     things = scene.things
     names = re.findall(NAME, text)
+    rest = re.sub(NAME, "", text)
+    words = set(re.findall("[a-z]+", rest.replace("yes or no", "")))
+    shapes = {f"{shape}{end}" for shape in SHAPES for end in ("", "s", "es")}
+    unknown = words - KNOWN - shapes - {*COLOURS, *PATTERNS, *SIZES}
+    assert not unknown, (unknown, text)
     if kind in ("colour", "shape", "pattern", "size"):
-        return getattr(named(scene, names[-1]), kind)
+        assert len(names) == 1, text
+        value = rest.replace("color", "colour")
+        if kind == "pattern" and "pattern" not in value:
+            assert "plain, striped or dotted" in value
+        elif kind == "size" and "size" not in value:
+            assert "small or large" in value
+        else:
+            assert one(r"colour|shape|pattern|size", value) == kind
+        return getattr(named(scene, names[0]), kind)
     if kind == "count":
-        what = re.search(r"(?:many|count the) (\w+(?: objects)?)", text)[1]
-        word = what.removesuffix(" objects")
+        assert re.search(r"how many|number of|\bcount\b", text), text
+        word = one(rf"\b(?:(?:{'|'.join(COLOURS)}) )?objects\b|\b(?:{'|'.join(SHAPES)})e?s\b", text)
+        word = word.removesuffix(" objects")
         if word == "objects":
             return NUMBERS[len(things)]
         if word in COLOURS:
@@ -56,18 +96,23 @@ def truth(scene, kind, text):
         shape = word.removesuffix("es") if word == "crosses" else word.removesuffix("s")
         assert shape in SHAPES, text
         return NUMBERS[sum(t.shape == shape for t in things)]
+    if kind == "list":
+        assert re.search(r"from left to right|the leftmost first|start at the left", text), text
+        assert "colour" in text
+        return tuple(t.colour for t in sorted(things, key=lambda t: t.x))
     if kind in ("side", "height"):
-        # one wording names the other thing first
-        a, b = names[::-1] if text.startswith("on which side") else names
-        a, b = named(scene, a), named(scene, b)
-        if text.startswith("above or below"):
-            a, b = b, a
+        b = one(REFERENCE, text)
+        assert len(names) == 2 and len(set(names)) == 2, text
+        a, b = named(scene, names[names[0] == b]), named(scene, b)
         if kind == "side":
+            assert re.search(r"left .*right|side", rest) and not re.search("right .*left", rest)
             return "left" if a.x < b.x else "right"
+        assert re.search("above .*below", rest) and not re.search("below .*above", rest), text
         return "above" if a.y < b.y else "below"
     if kind == "neighbour":
-        centre = named(scene, names[-1])
-        where = re.search(r"left of|right of|above|below", text)[0]
+        assert len(names) == 1
+        centre = named(scene, names[0])
+        where = one(rf"(left of|right of|above|below) (?:it\b|{NAME})", text)[0]
         ahead = {
             "left of": lambda t: centre.x - t.x,
             "right of": lambda t: t.x - centre.x,
@@ -76,52 +121,100 @@ def truth(scene, kind, text):
         }[where]
         there = [t for t in things if ahead(t) > 8]
         assert len(there) == 1 and ahead(there[0]) >= 26, text
-        return getattr(there[0], re.search(r"colour|shape", text)[0])
+        return getattr(there[0], one(r"colour|shape", rest))
     if kind == "alike":
-        p = re.search(r"(colour|shape|pattern)(?=\?| of)", text)[1]
-        a, b = (getattr(named(scene, n), p) for n in names)
+        assert re.search(r"\bsame\b|\balike\b|\bshared\b|\balso\b|have the \w+ of", rest), text
+        a, b = (getattr(named(scene, n), one("colour|shape|pattern", rest)) for n in names)
         return "yes" if a == b else "no"
     if kind == "is_there":
-        colour, shape = re.search(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", text).groups()
+        assert re.search(r"\b(?:there|see|seen|picture|objects)\b", text), text
+        colour, shape = one(rf"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", text)
         return "yes" if any((t.colour, t.shape) == (colour, shape) for t in things) else "no"
     if kind == "is":
+        assert len(names) == 1, text
         thing = named(scene, names[0])
-        value = text.rstrip("?").split()[-1]
-        assert value in (*COLOURS, *PATTERNS, *SIZES)
+        value = one(rf"\b(?:{'|'.join((*COLOURS, *PATTERNS, *SIZES))})\b", rest)
         return "yes" if value in (thing.colour, thing.pattern, thing.size) else "no"
     if kind == "says":
-        return "yes" if re.search('"([A-Z]+)"', text)[1] == scene.sign.word else "no"
-    assert kind == "read"
+        assert re.search(r"\bsign\b", text), text
+        return "yes" if one('"([A-Z]+)"', text) == scene.sign.word else "no"
+    assert kind == "read" and re.search(r"\b(?:sign|read|says)\b", text), text
     return scene.sign.word
 
 
-def bare(question):
+def bare(question, split):
     """The question without opening and instructions, and its options."""
-    sentences = [s for pair in questions._OPENINGS for s in pair if s]
+    part = split == "test"
     text = question.text
-    for opening in sorted(sentences, key=len, reverse=True):
-        text = text.removeprefix(opening)
-    end = text.index("?" if "?" in text.split(".")[0] else ".")
-    options = dict(re.findall(r"\(([abc])\) (\w+)", text))
-    return text[: end + 1], options
+    starts = [o for o in OPENINGS[part] if text.startswith(o)]
+    text = text.removeprefix(max(starts, key=len))
+    for told in reversed(question.instructions):
+        ends = [f" {s.format(told.value)}" for s in instructions._WORDINGS[told.kind][part]]
+        text = text.removesuffix(max((e for e in ends if text.endswith(e)), key=len))
+    options = re.findall(OPTIONS, text)
+    assert [letter for letter, _ in options] == (["a", "b", "c"] if options else [])
+    return re.sub(rf"(?:{OPTIONS} ?)+", "", text), dict(options)
+
+
+def pattern(sentence, **parts):
+    """Of what a sentence may become."""
+    text = re.escape(sentence)
+    for part in re.findall(r"\\\{(\w)\\\}", text):
+        text = text.replace(rf"\{{{part}\}}", parts.get(part, "(.+)"), 1)
+    return text
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_answers_are_true(split):
-    kinds = Counter()
-    for scene, question in asked(split):
-        text, options = bare(question)
+    kinds, said, shown = Counter(), set(), set()
+    part = split == "test"
+    forms = {kind: {s: pattern(s) for s in each[part]} for kind, each in SENTENCES.items()}
+    listed = rf"(?:{OPTIONS} ?)+"
+    frames = {s: pattern(s, o=listed) for s in CHOICES[part]}
+    for scene, question in asked(split, scenes=800 if split == "train" else 400):
+        text, options = bare(question, split)
         kinds[question.family, question.kind] += 1
-        if question.kind == "list":
-            expected = tuple(t.colour for t in sorted(scene.things, key=lambda t: t.x))
-        elif options:
-            value = truth(scene, question.kind, text)
-            expected = tuple(letter for letter, option in options.items() if option == value)
+        expected = truth(scene, question.kind, text)
+        if options:
+            expected = tuple(letter for letter, option in options.items() if option == expected)
             assert len(set(options.values())) == 3
+            shown |= {s for s, form in frames.items() if re.search(form, question.text)}
         else:
-            expected = (truth(scene, question.kind, text),)
+            expected = expected if question.kind == "list" else (expected,)
+            used = {s for s, form in forms[question.kind].items() if re.fullmatch(form, text)}
+            assert used, question
+            said |= {(question.kind, s) for s in used}
         assert question.answer == expected, question
     assert len(kinds) == 21 and min(kinds.values()) >= 5, kinds
+    # each sentence has been read
+    assert said == {(kind, s) for kind, each in forms.items() for s in each}
+    assert shown == set(frames)
+
+
+def test_letters_are_those_of_the_options():
+    said, counts, values, words = Counter(), Counter(), Counter(), set()
+    for i in range(3000):
+        text, answer = letters(np.random.default_rng(i))
+        listed = re.search(r"\(a\) \w+(?: \([b-d]\) \w+)+", text)[0]
+        options = dict(re.findall(OPTIONS, listed))
+        assert list(options) == list("abcd"[: len(options)])
+        assert len(set(options.values())) == len(options)
+        counts[len(options)] += 1
+        rest = text.replace(listed, "")
+        if "(" in rest:
+            assert answer == options[one(r"\(([abcd])\)", rest)], text
+            said["value"] += 1
+        else:
+            value = one(rf"\b(?:{'|'.join(options.values())})\b", rest)
+            assert options[answer] == value, text
+            said[answer] += 1
+        values[answer] += 1
+        words |= {o for o in options.values() if o.isupper()}
+    assert set(counts) == {2, 3, 4} and min(counts.values()) > 300
+    assert set(said) == {"value", *"abcd"} and min(said.values()) > 50
+    assert set(values) >= {*COLOURS, *SHAPES, *PATTERNS, *SIZES, *NUMBERS, "left", "above", "none"}
+    assert len(words) > 100 and not words & set(world._TEST_WORDS)
+    assert text == letters(np.random.default_rng(i))[0]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -142,13 +235,13 @@ def test_targets_are_understood_and_follow_all(split):
 def test_pairs_and_rotations_differ_in_the_answer_alone():
     for _, question in asked("test", scenes=60):
         assert question.family in FAMILIES
-    for i in range(80):
-        scene, rng = sample("test", (3, i)), np.random.default_rng(i)
+    for i in range(160):
+        scene, rng = sample(SPLITS[i % 2], (3, i)), np.random.default_rng(i)
         pair, turns = ask(scene, "yes_no", rng), ask(scene, "choice", rng)
         assert [q.answer for q in pair] == [("yes",), ("no",)] or not pair
         if turns:
             assert sorted(q.answer[0] for q in turns) == ["a", "b", "c"]
-            assert len({q.text.split(" (a)")[0] for q in turns}) == 1
+            assert len({re.sub(OPTIONS, "", q.text) for q in turns}) == 1
         for group in (pair, turns):
             assert len({q.instructions for q in group}) <= 1
 
@@ -184,9 +277,17 @@ def test_the_test_is_not_the_training():
 
 
 def test_no_sentence_of_the_test_is_one_of_the_training():
-    for sentences in (*questions._SENTENCES.values(), *instructions._WORDINGS.values()):
-        train, test = sentences
-        assert train and test and not set(train) & set(test)
+    def plain(sentence):
+        return " ".join(re.findall(r"\w+|\{\w?\}", sentence))
+
+    both = (*SENTENCES.values(), *instructions._WORDINGS.values())
+    train, test = ([s for pair in both for s in pair[part]] for part in (0, 1))
+    assert all(len(set(own)) == len(own) >= 8 and other for own, other in both)
+    assert not {plain(s) for s in train} & {plain(s) for s in test}
+    for said in (*train, *OPENINGS[0], *CHOICES[0], *LETTER_OF, *VALUE_OF):
+        assert not any(s in said for s in test), said
+        # nor does an opening make one of it
+        assert not any(plain(o + said) == plain(s) for o in OPENINGS[0] for s in test), said
 
 
 def test_scenes_are_those_of_their_seed():

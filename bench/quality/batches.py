@@ -17,10 +17,11 @@ from torch.utils.data import IterableDataset
 
 from .draw import draw
 from .model import EOS, GRID, PAD, PATCH
-from .questions import FAMILIES, ask, describe
+from .questions import FAMILIES, ask, describe, letters
 from .world import COLOURS, LETTERS, PATTERNS, SHAPES, Scene, sample
 
 _WEIGHTS = (0.26, 0.26, 0.1, 0.13, 0.25)  # of the families
+_LETTERS = 0.25  # of the descriptions' share: options alone
 IGNORED = -100
 
 
@@ -52,7 +53,7 @@ class Batches(IterableDataset):
     """Batches without end from a seed, from batch ``first`` on: the same one at the same place.
 
     rows of length tokens for each of the images; tokens: those of an image; described: share of
-    descriptions among the questions.
+    descriptions, and of options without a question, among the questions.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Batches(IterableDataset):
     def _texts(self, scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
         """A request and its answer; of a pair both, as one corrects the other."""
         if rng.random() < self.described:
-            return [describe(scene, rng)]
+            return [letters(rng) if rng.random() < _LETTERS else describe(scene, rng)]
         asked = ask(scene, FAMILIES[rng.choice(len(FAMILIES), p=_WEIGHTS)], rng)
         if len(asked) == 3:
             asked = [asked[rng.integers(3)]]

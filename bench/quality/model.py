@@ -8,7 +8,7 @@ import numpy as np
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from .questions import FAMILIES, ask
+from .questions import FAMILIES, ask, describe, letters
 from .world import SIDE, sample
 
 PATCH = 16
@@ -41,6 +41,8 @@ def tokenizer() -> Any:
                 if family == "reading":
                     # the words themselves are to stay letters
                     del texts[-1]
+        for text, target in (describe(scene, rng), letters(rng)):
+            texts += [text, target]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

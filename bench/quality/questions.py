@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from . import instructions
 from .instructions import Instruction
+from .wordings import CHOICES, LETTER_OF, OPENINGS, SENTENCES, VALUE_OF
 from .world import (
     COLOURS,
     HELD_OUT,
@@ -24,6 +25,7 @@ from .world import (
     PATTERNS,
     SHAPES,
     SIZES,
+    TRAIN_WORDS,
     WORDS,
     Scene,
     Split,
@@ -33,80 +35,6 @@ from .world import (
 FAMILIES = ("open", "relations", "reading", "yes_no", "choice")
 _FAR = 26  # pixels between centres from which on one is left of, or above, the other
 _NEAR = 8  # and below which it is not
-
-_SENTENCES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    # what is asked: sentences of the training, those of the test
-    "colour": (
-        (
-            "what colour is {a}?",
-            "what color is {a}?",
-            "which colour has {a}?",
-            "name the colour of {a}.",
-        ),
-        ("which colour is {a}?", "tell the colour of {a}."),
-    ),
-    "shape": (
-        ("what shape is {a}?", "what shape has {a}?", "name the shape of {a}."),
-        ("which shape has {a}?", "tell the shape of {a}."),
-    ),
-    "pattern": (
-        ("what pattern has {a}?", "is {a} plain, striped or dotted?", "name the pattern of {a}."),
-        ("which pattern has {a}?", "tell the pattern of {a}."),
-    ),
-    "size": (
-        ("is {a} small or large?", "what size has {a}?", "name the size of {a}."),
-        ("which size has {a}?", "tell the size of {a}."),
-    ),
-    "count": (
-        ("how many {a} are there?", "how many {a} do you see?", "count the {a}."),
-        ("tell how many {a} there are.", "how many {a} are in the picture?"),
-    ),
-    "list": (
-        ("list the colours from left to right.", "name all colours from left to right."),
-        ("tell the colours from left to right.",),
-    ),
-    "side": (
-        ("is {a} left or right of {b}?", "on which side of {b} is {a}, left or right?"),
-        ("on which side of {b} is {a}?",),
-    ),
-    "height": (
-        ("is {a} above or below {b}?", "where is {a}, above or below {b}?"),
-        ("above or below {b}, where is {a}?",),
-    ),
-    "neighbour": (
-        ("what {p} is the object {r} {b}?", "which {p} has the object {r} {b}?"),
-        ("tell the {p} of the object {r} {b}.",),
-    ),
-    "alike": (
-        ("do {a} and {b} have the same {p}?", "have {a} and {b} the same {p}?"),
-        ("is the {p} of {a} and {b} the same?",),
-    ),
-    "read": (
-        (
-            "what does the sign say?",
-            "read the sign.",
-            "which word is on the sign?",
-            "name what it says.",
-        ),
-        ("what is the word on the sign?", "tell what the sign says."),
-    ),
-    "is_there": (
-        ("is there {a}?", "do you see {a}?", "does the picture have {a}?"),
-        ("is {a} there?", "is there {a} in the picture?"),
-    ),
-    "is": (
-        ("is {a} {p}?", "would you say that {a} is {p}?"),
-        ("do you see that {a} is {p}?",),
-    ),
-    "says": (
-        ('does the sign say "{p}"?', 'is the word on the sign "{p}"?'),
-        ('do you see the word "{p}" on the sign?',),
-    ),
-}
-_OPENINGS = (
-    ("", "", "look at the picture: ", "please tell me: ", "tell me this: ", "please look here: "),
-    ("", "look here: ", "please tell me this: "),
-)
 
 
 @dataclass(frozen=True)
@@ -186,7 +114,7 @@ class _Maker:
         return None
 
     def sentence(self, kind: str, **parts: str) -> str:
-        sentences = _SENTENCES[kind][self.split == "test"]
+        sentences = SENTENCES[kind][self.split == "test"]
         return str(self.pick(list(sentences))).format(**parts)
 
 
@@ -357,12 +285,17 @@ def _choice(maker: _Maker) -> list[_Asked]:
     start = int(maker.rng.integers(3))
     if len(options) < 3:
         options.append("none")
+    sentence = str(maker.pick(list(CHOICES[maker.split == "test"])))
     turns = []
     for turn in range(3):
         moved = [options[(i + start + turn) % 3] for i in range(3)]
-        listed = " ".join(f"({letter}) {o}" for letter, o in zip("abc", moved, strict=True))
-        turns.append((kind, f"{text} {listed}", ("abc"[moved.index(answer)],), ("a", "b", "c")))
+        whole = sentence.format(q=text, o=_listed(moved))
+        turns.append((kind, whole, ("abc"[moved.index(answer)],), ("a", "b", "c")))
     return turns
+
+
+def _listed(options: Sequence[str]) -> str:
+    return " ".join(f"({letter}) {option}" for letter, option in zip("abcd", options, strict=False))
 
 
 def _neighbour_of_any(maker: _Maker) -> _Asked | None:
@@ -392,6 +325,42 @@ def describe(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     return "describe all from left to right.", ", ".join(map(_described, things))
 
 
+def letters(rng: np.random.Generator) -> tuple[str, str]:
+    """What no test asks either and no picture tells: which letter has an option, or which option
+    has a letter, and the answer.
+
+    Multiple choice is two steps, from the picture to a value and from there to its letter; the
+    second is hardly learned from questions that need both.
+    """
+    pool = _POOLS[rng.integers(len(_POOLS))]
+    if pool is TRAIN_WORDS:
+        # some differ in one letter
+        first = pool[rng.integers(len(pool))]
+        near = [w for w in pool if sum(a != b for a, b in zip(w, first, strict=True)) == 1]
+        several = near if rng.random() < 0.6 else pool
+        pool = [
+            first,
+            *(several[i] for i in rng.permutation(len(several))[:3] if several[i] != first),
+        ]
+    count = min((2, 3, 3, 3, 4)[rng.integers(5)], len(pool) + 1)
+    values = [*(pool[i] for i in rng.permutation(len(pool))), "none"][:count]
+    values = [values[i] for i in rng.permutation(count)]
+    place = int(rng.integers(count))
+    which = int(rng.integers(len(LETTER_OF) + len(VALUE_OF)))
+    text = (*LETTER_OF, *VALUE_OF)[which].format(
+        o=_listed(values), v=values[place], l="abcd"[place]
+    )
+    return text, "abcd"[place] if which < len(LETTER_OF) else values[place]
+
+
+# what the options of such a request are, as in the questions; signs' words as often as colours
+_POOLS: tuple[Sequence[str], ...] = (
+    *_VALUES.values(),
+    *(COLOURS, SHAPES, NUMBERS, _YES_NO, ("left", "right"), ("above", "below")),
+    *(TRAIN_WORDS,) * 2,
+)
+
+
 def _described(thing: Thing) -> str:
     return f"{thing.size} {thing.pattern} {thing.colour} {thing.shape}"
 
@@ -417,7 +386,7 @@ def ask(scene: Scene, family: str, rng: np.random.Generator, group: int = 0) -> 
         return []
     cased = "read" not in {kind for kind, *_ in asked} or family == "choice"
     told = instructions.sample(rng, scene.split, len(asked[0][2]), cased)
-    opening = _OPENINGS[scene.split == "test"]
+    opening = OPENINGS[scene.split == "test"]
     start = opening[rng.integers(len(opening))]
     rest = " ".join(["", *(instructions.wording(rng, scene.split, i) for i in told)])
     return [

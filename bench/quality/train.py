@@ -39,7 +39,7 @@ _CACHE_NAME = next(
 ROWS, LENGTH = 3, 112
 _TAG_WEIGHT = 10.0
 _WARMUP = 50  # steps
-_DESCRIBED = 0.7, 0.3  # share of descriptions, at first and later
+_DESCRIBED = 0.8, 0.3  # share of descriptions and letters, at first and later
 _DECAY = 0.4  # share of the steps, at the end, in which the rate falls to zero
 
 

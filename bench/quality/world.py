@@ -27,7 +27,7 @@ LETTERS = tuple(sorted(CONSONANTS + VOWELS))
 HELD_OUT = {(shape, COLOURS[(2 * i + 1) % 6]) for i, shape in enumerate(SHAPES)}
 WORDS = [a + b + c for a in CONSONANTS for b in VOWELS for c in CONSONANTS]
 _TEST_WORDS = WORDS[4::9]
-_TRAIN_WORDS = sorted(set(WORDS) - set(_TEST_WORDS))
+TRAIN_WORDS = sorted(set(WORDS) - set(_TEST_WORDS))
 
 MAX_OBJECTS = len(NUMBERS) - 1
 _COUNTS = (0.1, 0.3, 0.35, 0.25)  # of one to four objects
@@ -96,7 +96,7 @@ def _try(rng: np.random.Generator, split: Split, seed: tuple[int, ...]) -> Scene
     boxes: list[tuple[int, int, int, int]] = []
     sign = None
     if rng.random() < _SIGN:
-        words = _TEST_WORDS if split == "test" else _TRAIN_WORDS
+        words = _TEST_WORDS if split == "test" else TRAIN_WORDS
         word = words[rng.integers(len(words))]
         sign = Sign(word, 0, 0, int(rng.integers(17, 22)), bool(rng.random() < 0.5))
         place = _place(rng, *sign.box, boxes)
