@@ -1,7 +1,7 @@
 """Which of the two GPU backends a call tries first: pure functions of shapes and architecture.
 
-The rules follow from counted bytes, launches and steps (docs/kernels.md). They have not been
-measured on a GPU yet.
+The rules follow from counted bytes, launches and steps, and agree with what one H100 measured
+but for large k-means, where both are slow (docs/kernels.md).
 """
 
 from __future__ import annotations
