@@ -72,17 +72,38 @@ def test_every_request_has_room_in_a_row(tokenizer):
     ]
 
 
-@pytest.mark.parametrize("described", (0.7, 0.3, 0.0))
-def test_a_quarter_of_the_descriptions_is_of_options_alone(described, monkeypatch):
-    data, scene = Batches(None, 1, 1, 1, seed=0, described=described), sample("train", (1, 1))
+@pytest.mark.parametrize("step", train.MIXES)
+def test_a_mix_says_what_is_asked(step, monkeypatch):
+    mix = train.MIXES[step]
+    assert sum(mix.families) == pytest.approx(1)
+    data, scene = Batches(None, 1, 1, 1, seed=0, mix=mix), sample("train", (1, 1))
     first, again = ([data._texts(scene, np.random.default_rng(i)) for i in range(60)] for _ in "ab")
     assert first == again
+    seen = []
+
+    def asked(scene, family, rng, plain):
+        seen.append(family)
+        return ask(scene, family, rng, plain=plain)
+
+    monkeypatch.setattr(batches, "ask", asked)
     monkeypatch.setattr(batches, "letters", lambda rng: ("letters", ""))
     monkeypatch.setattr(batches, "describe", lambda scene, rng: ("described", ""))
     rng = np.random.default_rng(0)
     told = [data._texts(scene, rng)[:1] for _ in range(2000)]
-    for text, share in (("letters", 0.25), ("described", 0.75)):
-        assert abs(told.count([(text, "")]) / 2000 - described * share) < 0.03
+    for text, share in (("letters", mix.letters), ("described", mix.described)):
+        assert told.count([(text, "")]) / 2000 == pytest.approx(share, abs=0.03)
+    for family, share in zip(FAMILIES, mix.families, strict=True):
+        assert seen.count(family) / len(seen) == pytest.approx(share, abs=0.06)
+
+
+def test_plain_questions_have_no_instruction():
+    scene, rng = sample("train", (1, 1)), np.random.default_rng(0)
+
+    def told(plain):
+        questions = [q for _ in range(300) for q in ask(scene, "open", rng, plain=plain)[:1]]
+        return sum(bool(q.instructions) for q in questions) / len(questions)
+
+    assert told(1.0) == 0 and told(0.8) < 0.2 < told(0.0)
 
 
 def test_batches_are_those_of_their_place(tokenizer):
@@ -153,7 +174,6 @@ def arguments(out, steps):
         **{
             "images": 1,
             "vision_steps": 2,
-            "described_steps": 1,
             "vision_images": 2,
             "rate": 1e-3,
             "seed": 0,

@@ -20,9 +20,22 @@ from .model import EOS, GRID, PAD, PATCH
 from .questions import FAMILIES, ask, describe, letters
 from .world import COLOURS, LETTERS, PATTERNS, SHAPES, Scene, sample
 
-_WEIGHTS = (0.26, 0.26, 0.1, 0.13, 0.25)  # of the families
-_LETTERS = 0.25  # of the descriptions' share: options alone
 IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a step asks for.
+
+    described, letters: shares of descriptions, and of options without a picture, among the
+    requests. families: shares of these among the rest, as in `FAMILIES`. plain: share of the rest
+    that gets no instruction, whatever else is drawn.
+    """
+
+    described: float = 0.0
+    letters: float = 0.0
+    families: tuple[float, ...] = (0.26, 0.26, 0.1, 0.13, 0.25)
+    plain: float = 0.0
 
 
 @dataclass
@@ -52,8 +65,7 @@ NUM_TAGS = len(SHAPES) * len(COLOURS) + 3 * len(LETTERS)
 class Batches(IterableDataset):
     """Batches without end from a seed, from batch ``first`` on: the same one at the same place.
 
-    rows of length tokens for each of the images; tokens: those of an image; described: share of
-    descriptions, and of options without a question, among the questions.
+    rows of length tokens for each of the images; tokens: those of an image.
     """
 
     def __init__(
@@ -65,11 +77,11 @@ class Batches(IterableDataset):
         seed: int,
         first: int = 0,
         tokens: int = GRID**2,
-        described: float = 0.0,
+        mix: Mix | None = None,
     ) -> None:
         self.tokenizer, self.images, self.rows = tokenizer, images, rows
         self.length, self.seed, self.first = length, seed, first
-        self.tokens, self.described = tokens, described
+        self.tokens, self.mix = tokens, mix or Mix()
 
     def __iter__(self) -> Iterator[Batch]:
         worker = torch.utils.data.get_worker_info()
@@ -123,9 +135,12 @@ class Batches(IterableDataset):
 
     def _texts(self, scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
         """A request and its answer; of a pair both, as one corrects the other."""
-        if rng.random() < self.described:
-            return [letters(rng) if rng.random() < _LETTERS else describe(scene, rng)]
-        asked = ask(scene, FAMILIES[rng.choice(len(FAMILIES), p=_WEIGHTS)], rng)
+        mix = self.mix
+        taught = mix.described + mix.letters
+        if rng.random() < taught:
+            return [letters(rng) if rng.random() < mix.letters / taught else describe(scene, rng)]
+        family = FAMILIES[rng.choice(len(FAMILIES), p=mix.families)]
+        asked = ask(scene, family, rng, plain=mix.plain)
         if len(asked) == 3:
             asked = [asked[rng.integers(3)]]
         return [(question.text, question.target) for question in asked]

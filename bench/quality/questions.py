@@ -374,9 +374,12 @@ _MAKERS: dict[str, Callable[[_Maker], list[_Asked]]] = {
 }
 
 
-def ask(scene: Scene, family: str, rng: np.random.Generator, group: int = 0) -> list[Question]:
+def ask(
+    scene: Scene, family: str, rng: np.random.Generator, group: int = 0, plain: float = 0.0
+) -> list[Question]:
     """A question of a family, or those of a pair or rotation under the same instructions; none
-    where the scene has nothing to ask for."""
+    where the scene has nothing to ask for. plain: how often there is no instruction, whatever else
+    would be drawn."""
     maker = _Maker(scene, rng)
     for _ in range(8):
         asked = _MAKERS[family](maker)
@@ -385,7 +388,9 @@ def ask(scene: Scene, family: str, rng: np.random.Generator, group: int = 0) -> 
     else:
         return []
     cased = "read" not in {kind for kind, *_ in asked} or family == "choice"
-    told = instructions.sample(rng, scene.split, len(asked[0][2]), cased)
+    told: tuple[Instruction, ...] = ()
+    if not plain or rng.random() >= plain:
+        told = instructions.sample(rng, scene.split, len(asked[0][2]), cased)
     opening = OPENINGS[scene.split == "test"]
     start = opening[rng.integers(len(opening))]
     rest = " ".join(["", *(instructions.wording(rng, scene.split, i) for i in told)])

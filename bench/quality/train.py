@@ -27,7 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from torch.utils.data import DataLoader
 
 from . import model as models
-from .batches import IGNORED, NUM_TAGS, PATCH_CLASSES, Batch, Batches
+from .batches import IGNORED, NUM_TAGS, PATCH_CLASSES, Batch, Batches, Mix
 from .checkpoint import save
 
 _KEY = "vmtc_lab_training"
@@ -39,7 +39,14 @@ _CACHE_NAME = next(
 ROWS, LENGTH = 3, 112
 _TAG_WEIGHT = 10.0
 _WARMUP = 50  # steps
-_DESCRIBED = 0.8, 0.3  # share of descriptions and letters, at first and later
+# by the step after those of the encoder: to find a thing; to do as one is told, which is learned
+# soon; to compare things and to find a letter, which takes long; all of it
+MIXES = {
+    0: Mix(0.6, 0.2),
+    600: Mix(0.225, 0.075),
+    2000: Mix(0.1, 0.25, (0.2, 0.4, 0.12, 0.18, 0.1), plain=0.85),
+    4000: Mix(0.08, 0.07, (0.2, 0.32, 0.1, 0.15, 0.23), plain=0.5),
+}
 _DECAY = 0.4  # share of the steps, at the end, in which the rate falls to zero
 
 
@@ -174,11 +181,10 @@ def main() -> None:
     option = parser.add_argument
     option("--out", type=Path, default=Path("build/lab"), help="of the log and of what goes on")
     option("--export", type=Path, default=Path("build/lab/model"), help="of the model when done")
-    option("--steps", type=int, default=9000, help="in all")
+    option("--steps", type=int, default=11000, help="in all")
     option("--images", type=int, default=8, help="of a step")
     option("--vision-steps", type=int, default=3000, help="first ones, without questions")
     option("--vision-images", type=int, default=24, help="of such a step")
-    option("--described-steps", type=int, default=600, help="next ones, most of it descriptions")
     option("--rate", type=float, default=2e-3, help="highest learning rate")
     option("--seed", type=int, default=0)
     option("--every", type=int, default=250, help="steps between two checkpoints")
@@ -204,23 +210,18 @@ def train(given: argparse.Namespace) -> None:
     last = given.out / "last.pt"
     first = _resume(last, lesson, optimizers, device)
     log, loader = _Log(given.out / "log.jsonl"), None
-    # images and rows of text in a step, share of descriptions, by the step from which on
-    stages = {
-        0: (given.vision_images, 0, 0.0),
-        looks: (given.images, ROWS, _DESCRIBED[0]),
-        looks + given.described_steps: (given.images, ROWS, _DESCRIBED[1]),
-    }
+    # images and rows of text in a step, and what they ask for, by the step from which on
+    stages = {0: (given.vision_images, 0, Mix())}
+    stages |= {looks + step: (given.images, ROWS, mix) for step, mix in MIXES.items()}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=given.steps, completed=first)
         for index in range(first, given.steps):
             if loader is None or index in stages:
-                images, rows, described = next(
+                images, rows, mix = next(
                     stage for start, stage in reversed(stages.items()) if index >= start
                 )
-                data = Batches(
-                    *(tokenizer, images, rows, LENGTH, given.seed + 1, index), described=described
-                )
+                data = Batches(*(tokenizer, images, rows, LENGTH, given.seed + 1, index), mix=mix)
                 loader = iter(DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4))
             batch = next(loader).to(device)
             with torch.autocast(device, torch.bfloat16):
