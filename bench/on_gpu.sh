@@ -28,6 +28,7 @@ benchmarks=" ${BENCHMARKS:-phases focus decode importance kmeans merge llava swe
 wanted() { [[ $parts == *" $1 "* ]]; }
 # what the parts that are not wanted would have had of the reserves
 spared=0
+wanted tests || spared=$((spared + 130))
 wanted sanitizer || spared=$((spared + 60))
 if ! wanted benchmarks; then
     spared=$((spared + 130))
