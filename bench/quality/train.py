@@ -45,7 +45,7 @@ MIXES = {
     0: Mix(0.6, 0.2),
     600: Mix(0.225, 0.075),
     2000: Mix(0.1, 0.25, (0.2, 0.4, 0.12, 0.18, 0.1), plain=0.85),
-    4000: Mix(0.08, 0.07, (0.2, 0.32, 0.1, 0.15, 0.23), plain=0.5),
+    4000: Mix(0.05, 0.1, (0.16, 0.28, 0.24, 0.12, 0.2), plain=0.5),
 }
 _DECAY = 0.4  # share of the steps, at the end, in which the rate falls to zero
 
