@@ -8,6 +8,7 @@ import torch
 
 from bench.quality import batches, model, train
 from bench.quality.batches import IGNORED, Batches
+from bench.quality.checkpoint import load
 from bench.quality.questions import FAMILIES, ask, describe, letters
 from bench.quality.world import COLOURS, LETTERS, PATTERNS, SHAPES, sample
 
@@ -104,6 +105,12 @@ def test_plain_questions_have_no_instruction():
         return sum(bool(q.instructions) for q in questions) / len(questions)
 
     assert told(1.0) == 0 and told(0.8) < 0.2 < told(0.0)
+
+
+def test_the_model_of_the_package_was_trained_on_these_texts(tokenizer):
+    """Other questions make another tokenizer: then it is to be trained anew."""
+    _, processor = load()
+    assert processor.tokenizer.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
 
 
 def test_batches_are_those_of_their_place(tokenizer):

@@ -10,7 +10,7 @@ from pathlib import Path
 # a folder that `from_pretrained` of transformers reads; its README.md is the model card
 LAB = Path(__file__).with_name("lab")
 LAB_SCENE = LAB / "scene.png"
-LAB_QUESTION = "what colour is the star? use exactly three words."
+LAB_QUESTION = "what colour is the triangle? use exactly three words."
 # behind the scene is a photograph that ships in scikit-image
 LAB_CREDIT = "Scene: drawn on a CC0 photograph."
 LAB_NOTE = (
