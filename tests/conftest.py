@@ -5,6 +5,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # before torch: processes that all take every processor wait for one another, ten times as long
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
