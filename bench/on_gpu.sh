@@ -160,7 +160,7 @@ benchmark() {
         --out "$scratch/bench-$number-$1.json"
 }
 if [[ $benchmarks == *" phases "* ]]; then
-    phase phases 60 160 phases.log "$python" -m bench.phases --out "$folder/phases.json"
+    phase phases 60 160 bench.log "$python" -m bench.phases --out "$folder/phases.json"
 fi
 benchmark focus 50 150 focus
 benchmark decode 50 125 decode
