@@ -207,7 +207,7 @@ class Ours(Variant):
         self.placeholders = size.grid  # until the handle takes some away
         primary = tokens * 4 // 5
         self.vmtc = VMTCConfig(num_primary=primary, num_merged=tokens - primary)
-        self.cmai = CMAIConfig() if inhibits else None
+        self.cmai = CMAIConfig(layers=None) if inhibits else None
         self.stage = stage
         self.handle: Any = None
         if inhibits:

@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     size = SIZES[SIZE]
     vmtc: Given = {"vmtc": {"num_primary": options.primary, "num_merged": options.merged}}
-    cmai: Given = {"cmai": {"keep_ratio": options.keep_ratio}}
+    cmai: Given = {"cmai": {"keep_ratio": options.keep_ratio, "layers": None}}
     configs: dict[str, Given] = {
         "vLLM": {},
         "VMTC": vmtc,

@@ -57,9 +57,9 @@ def test_demo_writes_the_picture_and_the_table(vmtc, tmp_path):
     with Image.open(out) as image:
         assert image.size == (2000, 1570)
     text = words(stdout)
-    assert "tokens 576 → 160 (128 primary + 32 merged)" in text
+    assert "tokens 576 → 160 (80 primary + 80 merged)" in text
     assert "ms, median of" in text and "backend" in text and "not cuda" in text
-    assert re.search(r"VMTC 160 35\.\d dB .* Smaller photo 144 33\.\d dB", text)
+    assert re.search(r"VMTC 160 33\.\d dB .* Smaller photo 144 33\.\d dB", text)
     assert "model none" in text and "answers none: no model is asked" in text
     assert f"Picture: {out}" in stdout and "Question" not in stdout
 
@@ -81,7 +81,7 @@ def test_demo_options(vmtc, tmp_path):
     [
         (["--image", "gone.png"], "no such image: gone.png"),
         (["--image", "text.png"], "cannot read text.png as an image: cannot identify"),
-        (["--primary", "600"], "must be 1 to 576 for an image of 576 tokens, got 600 + 32"),
+        (["--primary", "600"], "must be 1 to 576 for an image of 576 tokens, got 600 + 80"),
         (["--primary", "some"], "--primary must be a count or a share, got 'some'"),
         (["--merged", "1.5"], "num_merged as a share must be in [0, 1], got 1.5"),
         (["--merged", "-1"], "num_merged must be"),
@@ -272,7 +272,7 @@ def test_demo_with_a_model(vmtc, clip_folder, tmp_path):
     assert "by 32 features" in text and "model tiny-clip" in text
     assert "answers none: a vision tower has no words" in text and "Question" not in text
     code, stdout, _ = vmtc(*arguments)
-    assert code == 0 and "tokens 64 → 18 (14 primary + 4 merged)" in words(stdout)
+    assert code == 0 and "tokens 64 → 18 (9 primary + 9 merged)" in words(stdout)
     code, _, stderr = vmtc(*arguments, "--primary", 128, "--merged", 32)
     assert code == 2 and "must be 1 to 64 for an image of 64 tokens, got 128 + 32" in stderr
 

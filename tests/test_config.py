@@ -61,7 +61,7 @@ def test_bad_settings(settings: dict[str, Any], error: type[Exception], message:
 
 def test_good_settings() -> None:
     config = VMTCConfig()
-    assert (config.num_primary, config.num_merged, config.iterations) == (128, 32, 10)
+    assert (config.num_primary, config.num_merged, config.iterations) == (80, 80, 10)
     assert (config.metric, config.weighting, config.head_reduction) == ("cosine", "score", "mean")
     VMTCConfig(num_primary=0, feature_layer="keys", placement=12, head_reduction="max")
     VMTCConfig(num_merged=0, feature_layer=-1, placement="after_projector")
@@ -143,6 +143,7 @@ CMAI_REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"head_mode": "max"}, ValueError, "head_mode must be one of"),
     ({"suppression": 1.5}, ValueError, r"suppression must be in \[0, 1\]"),
     ({"layers": (0.5,)}, TypeError, "layers must be ints, got 0.5"),
+    ({"layers": "lower"}, ValueError, "layers must be ints, 'upper' or None, got 'lower'"),
 ]
 
 
@@ -153,7 +154,10 @@ def test_cmai_refuses(change: dict[str, Any], error: type[Exception], message: s
 
 
 def test_cmai_layers() -> None:
-    assert all(CMAIConfig().applies(i, 4) for i in range(4))
+    assert [CMAIConfig().applies(i, 4) for i in range(4)] == [False, False, True, True]
+    assert [CMAIConfig(layers="upper").applies(i, 3) for i in range(3)] == [False, True, True]
+    assert CMAIConfig().applies(0, 1)
+    assert all(CMAIConfig(layers=None).applies(i, 4) for i in range(4))
     some = CMAIConfig(layers=(0, -1))
     assert [some.applies(i, 4) for i in range(4)] == [True, False, False, True]
     with pytest.raises(ValueError, match=r"layers \[7\] are not among 4 layers"):

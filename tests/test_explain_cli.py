@@ -85,7 +85,7 @@ def test_options(vmtc, folders, tmp_path):
     code, stdout, stderr = vmtc(
         *(*arguments, "--primary", 10, "--merged", 6, "--metric", "euclidean"),
         *("--weighting", "uniform", "--placement", 0, "--score-layer", 0, "--feature-layer", 0),
-        *("--score-source", "received", "--keep-ratio", 0.25, "--token", "colour", "--layer", 0),
+        *("--score-source", "received", "--keep-ratio", 0.25, "--token", "colour", "--layer", 1),
         *("--prompt", PROMPT),
     )
     assert code == 0 and out.exists(), stderr
@@ -94,9 +94,9 @@ def test_options(vmtc, folders, tmp_path):
     assert "64 → 16 (10 primary + 6 merged)" in text and "attention received," in text
     assert "layer 0 of 3 of the vision encoder" in text and "text token ' colour'" in text
     assert f"prompt {PROMPT}" in text and "answer, with VMTC and CMAI" in text
-    assert "inhibited 12 of 16 image tokens" in text and "in text layer 0" in text
+    assert "inhibited 12 of 16 image tokens" in text and "in text layer 1" in text
     code, stdout, _ = vmtc(*arguments)
-    assert code == 0 and "64 → 18 (14 primary + 4 merged)" in " ".join(stdout.split())
+    assert code == 0 and "64 → 18 (9 primary + 9 merged)" in " ".join(stdout.split())
     code, stdout, _ = vmtc(*arguments, "--primary", "1.0", "--merged", 0)
     assert code == 0 and "64 → 64 (64 primary + 0 merged)" in " ".join(stdout.split())
 
@@ -109,13 +109,14 @@ def test_options(vmtc, folders, tmp_path):
         (["--primary", "many"], "--primary must be a count or a share, got 'many'"),
         (["--primary", "-1"], "num_primary must be"),
         (["--primary", "1.5"], "num_primary as a share must be in [0, 1], got 1.5"),
-        (["--primary", "62"], "must be 1 to 64 for an image of 64 tokens, got 62 + 4; shares"),
+        (["--primary", "62"], "must be 1 to 64 for an image of 64 tokens, got 62 + 9; shares"),
         (["--metric", "manhattan"], "metric must be one of ['cosine', 'euclidean']"),
         (["--placement", "nowhere"], "placement must be one of"),
         (["--placement", "2"], "placement is after layer 2, but llava takes features"),
         (["--score-layer", "3"], "score_layer is 3, the encoder has 3 layers: -3 to 2"),
         (["--keep-ratio", "2"], "keep_ratio must be in (0, 1], got 2"),
         (["--token", "it"], "--token and --layer need --keep-ratio"),
+        (["--keep-ratio", "1", "--layer", "0"], "layer 0 of 3 inhibits nothing, only [1, 2] do"),
         (["--keep-ratio", "1", "--layer", "3"], "tiny-llava has 3 text layers, none is layer 3"),
         (["--keep-ratio", "1", "--token", "cow"], "--token 'cow' is not in the text after the"),
         (["--prompt", "<image> and <image>?"], "--prompt must not contain <image>: there is one"),

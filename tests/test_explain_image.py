@@ -130,7 +130,7 @@ def test_a_cell_is_the_row_that_its_pixels_change(family, size, _):
 )
 def test_slots_scores_and_focus_are_those_of_the_handle(explainers, family, size):
     explainer, photo = explainers[family], vlm.photo(*size)
-    cmai = CMAIConfig(keep_ratio=0.5)
+    cmai = CMAIConfig(keep_ratio=0.5, layers=None)
     explained = explainer.explain(photo, PROMPT, FEW, cmai, layer=-1, token="colour")
     mosaic = make_mosaic(*read(explainer, photo), explainer.processor)
     with attach(explainer.model, explainer.processor, vmtc=FEW, cmai=cmai, record=True) as handle:
@@ -184,7 +184,7 @@ def test_slots_scores_and_focus_are_those_of_the_handle(explainers, family, size
 
 def test_a_row_of_cls_is_a_token_but_no_patch():
     explainer = Explainer(*vlm.make("llava", strategy="full"), "tiny")
-    explained = explainer.explain(vlm.photo(64, 64), PROMPT, FEW, CMAIConfig())
+    explained = explainer.explain(vlm.photo(64, 64), PROMPT, FEW, CMAIConfig(layers=None))
     assert (explained.before, explained.after, explained.extra) == (65, 25, 1)
     assert explained.focus.tokens == 25 and len(explained.focus.scores) == 24
     assert explained.slot.min() == 0 and explained.slot.max() == 23
@@ -200,9 +200,9 @@ def test_nothing_is_merged_where_all_tokens_stay(explainers):
 
 def test_the_model_is_as_before(explainers):
     explainer = explainers["qwen2_5_vl"]
-    explainer.explain(vlm.photo(64, 64), PROMPT, FEW, CMAIConfig())
+    explainer.explain(vlm.photo(64, 64), PROMPT, FEW, CMAIConfig(layers=None))
     with pytest.raises(InputError, match="tiny cannot run: "):
-        explainer.explain(None, PROMPT, FEW, CMAIConfig())
+        explainer.explain(None, PROMPT, FEW, CMAIConfig(layers=None))
     assert getattr(explainer.model, "vmtc_handle", None) is None
     assert not any(module._forward_hooks for module in explainer.model.modules())
 

@@ -42,12 +42,13 @@ def test_patches_and_tags_tell_what_is_there():
     for i in range(30):
         scene = sample("train", (4, i))
         patches, tags = batches.patches(scene), batches.tags(scene)
-        grid = patches.reshape(model.GRID, model.GRID, 4)
+        grid = patches.reshape(model.GRID, model.GRID, 6)
         for t in scene.things:
             kind = SHAPES.index(t.shape) + 1, COLOURS.index(t.colour) + 1
             middle = grid[t.y // model.PATCH, t.x // model.PATCH]
             assert tuple(middle[:2]) == kind
             assert middle[2] == PATTERNS.index(t.pattern) + 1 and middle[3] == 0
+        assert np.array_equal(grid[..., 4:], np.indices(grid.shape[:2]).transpose(1, 2, 0))
         letters = set(patches[:, 3].tolist()) - {0}
         word = scene.sign.word if scene.sign else ""
         assert letters == {LETTERS.index(letter) + 1 for letter in word}

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -243,24 +244,32 @@ def test_pairs_and_rotations_differ_in_the_answer_alone():
             assert sorted(q.answer[0] for q in turns) == ["a", "b", "c"]
             assert len({re.sub(OPTIONS, "", q.text) for q in turns}) == 1
         for group in (pair, turns):
+            # a word and what it is not have no letter at the same place
+            word = scene.sign.word if scene.sign else ""
+            others = {w for q in group for w in re.findall(r"\b[A-Z]{3}\b", q.text)} - {word}
+            assert not any(a == b for w in others for a, b in zip(w, word, strict=False))
             assert len({q.instructions for q in group}) <= 1
 
 
 def test_the_test_is_not_the_training():
     told = {split: list(asked(split, scenes=500)) for split in SPLITS}
-    pairs = {
-        split: {(t.shape, t.colour) for scene, _ in told[split] for t in scene.things}
+    kinds = {
+        split: {(t.shape, t.colour, t.pattern) for scene, _ in told[split] for t in scene.things}
         for split in SPLITS
     }
-    assert not pairs["train"] & world.HELD_OUT and pairs["test"] >= world.HELD_OUT
-    assert {shape for shape, _ in world.HELD_OUT} == set(SHAPES)
-    assert len({colour for _, colour in world.HELD_OUT}) == 3
+    assert not kinds["train"] & world.HELD_OUT and kinds["test"] >= world.HELD_OUT
+    # all else is seen, so that no two properties tell the third
+    assert kinds["train"] | world.HELD_OUT == set(product(SHAPES, COLOURS, PATTERNS))
+    for values, place in ((SHAPES, 0), (COLOURS, 1)):
+        lacks = Counter((kind[place], kind[2]) for kind in world.HELD_OUT)
+        assert lacks == Counter(product(values, PATTERNS))
     for scene, _ in told["test"]:
-        assert any((t.shape, t.colour) in world.HELD_OUT for t in scene.things)
-    for shape, colour in world.HELD_OUT:
-        assert not any(re.search(rf"{colour} {shape}\b", q.text) for _, q in told["train"])
+        assert any((t.shape, t.colour, t.pattern) in world.HELD_OUT for t in scene.things)
     words = {split: {scene.sign.word for scene, _ in told[split] if scene.sign} for split in SPLITS}
     assert not words["train"] & words["test"] and min(map(len, words.values())) > 50
+    # what is only written in the training's questions neither
+    written = {w for _, q in told["train"] for w in re.findall(r"\b[A-Z]{3}\b", q.text)}
+    assert len(written) > 50 and not written & set(world._TEST_WORDS)
     assert not set(PHOTOGRAPHS["train"]) & set(PHOTOGRAPHS["test"])
     together = {
         split: {

@@ -67,8 +67,11 @@ def test_every_field_of_both_configurations(tmp_path):
         ({"metric": "l1"}, "metric must be one of"),
         ({"iterations": 2.5}, "iterations must be int, got 2.5"),
         ({"renormalize": 1}, "renormalize must be bool, got 1"),
-        ({"layers": "0-3"}, r"layers must be a list of ints, layers=\[0,1,-1\]"),
-        ({"layers": "[0.5]"}, "layers must be a list of ints"),
+        (
+            {"layers": "0-3"},
+            r"layers must be upper, all, or a list of ints as \[0,1,-1\], got '0-3'",
+        ),
+        ({"layers": "[0.5]"}, "layers must be upper, all, or a list of ints"),
         ({"batch_size": "auto"}, "batch_size must be int, got 'auto'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),

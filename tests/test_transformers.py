@@ -17,7 +17,7 @@ from vmtc_kernels import CMAIConfig, VMTCConfig, merge_tokens, token_importance
 from vmtc_kernels.integrations.transformers import attach
 
 SOME = VMTCConfig(num_primary=0.3, num_merged=0.2)
-HALF = CMAIConfig(keep_ratio=0.5)
+HALF = CMAIConfig(keep_ratio=0.5, layers=None)
 
 
 @pytest.fixture(scope="module", params=vlm.FAMILIES)

@@ -18,7 +18,7 @@ from vmtc_kernels import CMAIConfig, VMTCConfig
 from vmtc_kernels.integrations.transformers import attach
 
 SOME = VMTCConfig(num_primary=0.3, num_merged=0.2)
-HALF = CMAIConfig(keep_ratio=0.5)
+HALF = CMAIConfig(keep_ratio=0.5, layers=None)
 BOTH = {"vmtc": SOME, "cmai": HALF}
 
 
@@ -222,7 +222,9 @@ def test_autocast(made):
             # in 5.17 the model itself does not run
             assert family == "smolvlm", error
             pytest.skip(str(error))
-        with attach(model, processor, vmtc=everything, cmai=CMAIConfig(keep_ratio=1.0)) as handle:
+        with attach(
+            model, processor, vmtc=everything, cmai=CMAIConfig(keep_ratio=1.0, layers=None)
+        ) as handle:
             actual = model(**handle.prepare(**one(family))).logits.float()
         assert (actual - expected).norm() < 0.1 * expected.norm()
         with attach(model, processor, **BOTH) as handle:

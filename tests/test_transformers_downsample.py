@@ -95,7 +95,9 @@ def test_generation_continuous_batching_and_what_was_done():
     assert len(ids) == inputs["input_ids"].shape[1]
     assert units.sizes.tolist() == [[4] * 16] and units.owner[0, [0, 1, 8, 9]].tolist() == [0] * 4
     assert units.place[0, :5].tolist() == [0, 2, 4, 6, 16]
-    with attach(model, processor, downsample=2, cmai=CMAIConfig(keep_ratio=1.0)) as handle:
+    with attach(
+        model, processor, downsample=2, cmai=CMAIConfig(keep_ratio=1.0, layers=None)
+    ) as handle:
         inputs = handle.prepare(**one)
         assert (model.generate(**inputs, max_new_tokens=6, do_sample=False) == expected).all()
 

@@ -16,7 +16,7 @@ import vlm
 from vmtc_kernels import CMAIConfig, VMTCConfig
 from vmtc_kernels.integrations.transformers import attach
 
-HALF = CMAIConfig(keep_ratio=0.5)
+HALF = CMAIConfig(keep_ratio=0.5, layers=None)
 SPY = "vmtc_test_focus"
 GREEDY = {
     "do_sample": False,
@@ -110,8 +110,10 @@ def by_definition(model, inputs, config):
     "config",
     [
         HALF,
-        CMAIConfig(keep_ratio=0.25, head_mode="per_head", aggregate="residual"),
-        CMAIConfig(keep_ratio=None, threshold=0.5, renormalize=False, suppression=0.25),
+        CMAIConfig(keep_ratio=0.25, head_mode="per_head", aggregate="residual", layers=None),
+        CMAIConfig(
+            keep_ratio=None, threshold=0.5, renormalize=False, suppression=0.25, layers=None
+        ),
         CMAIConfig(keep_ratio=0.25, layers=(0, -1)),
     ],
     ids=["mean", "per_head", "threshold", "layers"],
@@ -136,7 +138,10 @@ def test_where_nothing_is_inhibited_nothing_changes(made):
     with torch.no_grad():
         expected = model(**plain).logits
         generated = model.generate(**plain, **GREEDY, max_new_tokens=4)
-    with attach(model, processor, cmai=CMAIConfig(keep_ratio=1.0)) as handle, torch.no_grad():
+    with (
+        attach(model, processor, cmai=CMAIConfig(keep_ratio=1.0, layers=None)) as handle,
+        torch.no_grad(),
+    ):
         inputs = handle.prepare(**given)
         actual = model(**inputs).logits
         assert_same_generation(model.generate(**inputs, **GREEDY, max_new_tokens=4), generated)
@@ -186,7 +191,7 @@ def test_with_compression(made):
 def test_one_phase_alone(llava, phase):
     """The other phase attends to all, and keeps the state up to date."""
     model, processor = llava
-    both, none = HALF, CMAIConfig(keep_ratio=1.0)
+    both, none = HALF, CMAIConfig(keep_ratio=1.0, layers=None)
     config = replace(HALF, **{"decode" if phase == "prefill" else "prefill": False})
     logits = []
     for each in (config, both, none):

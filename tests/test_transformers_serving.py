@@ -15,7 +15,7 @@ import vlm  # noqa: E402
 from vmtc_kernels import config  # noqa: E402
 from vmtc_kernels.integrations.transformers import _paged, _paged_rotary, attach  # noqa: E402
 
-VMTC, CMAI = VMTCConfig(num_primary=0.25, num_merged=0.125), CMAIConfig(keep_ratio=0.5)
+VMTC, CMAI = VMTCConfig(num_primary=0.25, num_merged=0.125), CMAIConfig(keep_ratio=0.5, layers=None)
 BOTH = {"vmtc": VMTC, "cmai": CMAI}
 NEW = 8
 # this was renamed
@@ -117,7 +117,7 @@ def read(seen):
             "llava",
             {"cmai": CMAIConfig(keep_ratio=None, threshold=0.5, head_mode="per_head", layers=(1,))},
         ),
-        ("llava", {"cmai": CMAIConfig(keep_ratio=0.3, suppression=0.2)}),
+        ("llava", {"cmai": CMAIConfig(keep_ratio=0.3, suppression=0.2, layers=None)}),
         ("qwen2_5_vl", {"cmai": CMAI}),
         ("qwen3_vl", {"vmtc": VMTC}),
     ],
@@ -433,7 +433,7 @@ def test_a_video_is_refused():
     "config, words",
     [
         ({"cmai": CMAI, "record": True}, "record=False"),
-        ({"cmai": CMAIConfig(decode=False)}, "the same for prefill and decode"),
+        ({"cmai": CMAIConfig(decode=False, layers=None)}, "the same for prefill and decode"),
     ],
 )
 def test_what_continuous_batching_cannot_do(config, words):

@@ -119,9 +119,14 @@ def mixed():
     ]
 
 
-MEAN = CMAIConfig(keep_ratio=0.25)
+MEAN = CMAIConfig(keep_ratio=0.25, layers=None)
 HEADS = CMAIConfig(
-    keep_ratio=None, threshold=0.6, head_mode="per_head", aggregate="residual", suppression=0.1
+    keep_ratio=None,
+    threshold=0.6,
+    head_mode="per_head",
+    aggregate="residual",
+    suppression=0.1,
+    layers=None,
 )
 SOME = CMAIConfig(keep_ratio=0.25, layers=(0, -1), renormalize=False, min_keep=3)
 
@@ -136,7 +141,7 @@ def stock(folder):
     return answers
 
 
-@on(CMAIConfig(keep_ratio=1.0), **PIECES)
+@on(CMAIConfig(keep_ratio=1.0, layers=None), **PIECES)
 def test_nothing_inhibited(stock, running):
     assert all(isinstance(layer.impl, _focus.FocusImpl) for layer in running.layers)
     for again, expected in enumerate(stock):
@@ -235,7 +240,7 @@ def test_some_layers(running, oracle):
     assert sizes == [32 * (512 + 208), 32 * 512, 32 * (512 + 208)]
 
 
-@on(CMAIConfig(keep_ratio=1.0, head_mode="per_head"), **PIECES, dtype="bfloat16")
+@on(CMAIConfig(keep_ratio=1.0, head_mode="per_head", layers=None), **PIECES, dtype="bfloat16")
 def test_sixteen_bits(running, oracle):
     answers, _ = running.answers(mixed())
     oracle.check(running.config, mixed(), answers, tolerance=0.5, greedy=False)

@@ -14,7 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vmtc_kernels import CMAIConfig
 from vmtc_kernels.integrations.vllm import _focus, _focus_checks
 
-MEAN, HEADS = CMAIConfig(), CMAIConfig(head_mode="per_head")
+MEAN, HEADS = CMAIConfig(layers=None), CMAIConfig(head_mode="per_head", layers=None)
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,16 @@ T, I = 1, 2  # noqa: E741
 WITHOUT, BEFORE = [T] * 21, [I] * 9 + [T] * 14
 AFTER = [T] * 11 + [I] * 9 + [T] * 5 + [I] * 7 + [T] * 6  # text that has not seen what comes
 CONFIGS = {
-    "product": CMAIConfig(keep_ratio=0.3),
+    "product": CMAIConfig(keep_ratio=0.3, layers=None),
     "residual": CMAIConfig(
-        keep_ratio=None, threshold=0.7, aggregate="residual", suppression=0.2, min_keep=2
+        keep_ratio=None,
+        threshold=0.7,
+        aggregate="residual",
+        suppression=0.2,
+        min_keep=2,
+        layers=None,
     ),
-    "per_head": CMAIConfig(keep_ratio=0.3, head_mode="per_head", renormalize=False),
+    "per_head": CMAIConfig(keep_ratio=0.3, head_mode="per_head", renormalize=False, layers=None),
 }
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

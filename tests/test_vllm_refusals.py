@@ -98,7 +98,7 @@ SETTINGS = {
         {"num_primary": 61, "num_merged": 4},
         "num_primary + num_merged must be 1 to 64 for an image of 64 tokens, got 61 + 4",
     ),
-    "the defaults are too many": ({}, "for an image of 64 tokens, got 128 + 32"),
+    "the defaults are too many": ({}, "for an image of 64 tokens, got 80 + 80"),
     "an unknown field": (GOOD | {"primary": 3}, "VMTCConfig has no primary, only num_primary, "),
     "a list": ([1], "additional_config['vmtc'] must be an object of settings, got [1]"),
     "a text": ("on", "additional_config['vmtc'] must be an object of settings, got 'on'"),

@@ -116,7 +116,12 @@ class Explainer:
         """
         attach = checkpoints.integration().attach
         noting = _Noting(**vars(vmtc))
-        text, index = self._text(prompt), self._layer(layer)
+        text, (index, depth) = self._text(prompt), self._layer(layer)
+        inhibiting = [i for i in range(depth) if cmai is not None and cmai.applies(i, depth)]
+        if cmai is not None and index not in inhibiting:
+            raise InputError(
+                f"text layer {index} of {depth} inhibits nothing, only {inhibiting} do"
+            )
         with checkpoints.refusals(f"{self.name} cannot run"):
             with checkpoints.settings():
                 handle = attach(self.model, self.processor, vmtc=noting, cmai=cmai, record=True)
@@ -133,10 +138,10 @@ class Explainer:
         if cmai is not None:
             place = chosen - len(words)
             seen = _focus(last.focus[index], slots, place, f"{self.name}, layer {index}")
-            focus = Focus(words[chosen], place, *seen, layer=index, layers=len(last.focus))
+            focus = Focus(words[chosen], place, *seen, layer=index, layers=depth)
         mosaic = make_mosaic(inputs, layout, family, self.processor)
         cells = mosaic.rows.clip(0)
-        depth, by_cls = len(family.layers), family.has_cls and vmtc.score_source != "received"
+        encoder, by_cls = len(family.layers), family.has_cls and vmtc.score_source != "received"
         return Explained(
             photo=mosaic.photo,
             shape=mosaic.shape,
@@ -150,8 +155,8 @@ class Explainer:
             extra=int((slots.shown < 0).sum()),
             tiles=mosaic.tiles,
             where=mosaic.where,
-            layer=vmtc.score_layer % depth,
-            layers=depth,
+            layer=vmtc.score_layer % encoder,
+            layers=encoder,
             source="attention from [CLS]" if by_cls else "attention received",
             config=vmtc,
             model=self.name,
@@ -168,12 +173,13 @@ class Explainer:
         """What the model answers as it is, with VMTC, and with CMAI on top."""
         return answers(self.model, self.processor, self.name, image, prompt, vmtc, cmai)
 
-    def _layer(self, layer: int | None) -> int:
+    def _layer(self, layer: int | None) -> tuple[int, int]:
+        """Its index, and how many there are."""
         layers = self.model.config.get_text_config().num_hidden_layers
         index = layers // 2 if layer is None else layer
         if not -layers <= index < layers:
             raise InputError(f"{self.name} has {layers} text layers, none is layer {index}")
-        return int(index % layers)
+        return int(index % layers), int(layers)
 
     def _text(self, prompt: str) -> str:
         with checkpoints.refusals(f"{self.name} cannot run"):

@@ -86,7 +86,12 @@ def summary(focus: Focus) -> str:
         rule = f"the {config.keep_ratio:.0%} of image tokens that it focuses on most"
     else:
         rule = f"image tokens of at least {config.threshold:.0%} of its highest focus score"
-    return f"In layer {focus.layer} of {focus.layers} (counted from 0), a text token keeps {rule}."
+    keeps = (
+        "keeps" if config.applies(focus.layer, focus.layers) else "does not inhibit but would keep"
+    )
+    return (
+        f"In layer {focus.layer} of {focus.layers} (counted from 0), a text token {keeps} {rule}."
+    )
 
 
 def _caption(focus: Focus, credit: str) -> list[str]:

@@ -105,7 +105,7 @@ class Llava:
         )
 
     def answers(self, photo: np.ndarray, prompt: str, config: CMAIConfig) -> Iterator[Answer]:
-        """What the model answers as it is, and where all of its layers inhibit."""
+        """What the model answers as it is, and where its layers inhibit."""
         image = Image.fromarray(photo)
         return answers(self.model, self.processor, self.name, image, prompt, cmai=config)
 

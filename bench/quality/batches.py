@@ -42,8 +42,8 @@ class Mix:
 class Batch:
     """pixels: u8 ``[B, SIDE, SIDE, 3]``; prefix: f32 ``[B, 1 + N]``, its positions; ids, labels (of
     the next token), segments (a question's number, -1 for padding): i64 ``[B, R, T]``; positions:
-    f32 ``[B, R, T]``; patches: i64 ``[B, N, 4]``, shape, colour, pattern and letter of each, 0 for
-    none; tags: f32 ``[B, K]``, what is there at all."""
+    f32 ``[B, R, T]``; patches: i64 ``[B, N, 6]``, shape, colour, pattern and letter of each, 0 for
+    none, its row and its column; tags: f32 ``[B, K]``, what is there at all."""
 
     pixels: Tensor
     prefix: Tensor
@@ -58,7 +58,7 @@ class Batch:
         return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
 
 
-PATCH_CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(PATTERNS) + 1, len(LETTERS) + 1)
+PATCH_CLASSES = (*(1 + len(each) for each in (SHAPES, COLOURS, PATTERNS, LETTERS)), GRID, GRID)
 NUM_TAGS = len(SHAPES) * len(COLOURS) + 3 * len(LETTERS)
 
 
@@ -161,7 +161,7 @@ def _positions(rng: np.random.Generator, count: int) -> tuple[np.ndarray, float]
 
 
 def patches(scene: Scene) -> np.ndarray:
-    """What covers each patch most, if it covers a fifth of it: i64 ``[N, 4]``."""
+    """What covers each patch most, if it covers a fifth of it, and where it is: i64 ``[N, 6]``."""
     label, best = np.zeros((GRID, GRID, 4), dtype=np.int64), np.full((GRID, GRID), 0.2)
 
     def cover(x: float, y: float, width: float, height: float, value: tuple[int, ...]) -> None:
@@ -183,7 +183,8 @@ def patches(scene: Scene) -> np.ndarray:
         for i, letter in enumerate(sign.word):
             x = left + sign.step * (i + 0.5)
             cover(x, sign.y, sign.step, sign.height, (0, 0, 0, 1 + LETTERS.index(letter)))
-    return label.reshape(-1, 4)
+    places = np.indices((GRID, GRID)).transpose(1, 2, 0)
+    return np.concatenate([label, places], axis=2).reshape(-1, 6)
 
 
 def tags(scene: Scene) -> np.ndarray:

@@ -59,8 +59,8 @@ def _vmtc(quick: bool) -> list[Row]:
     tried += [{"metric": "euclidean"}, {"weighting": "uniform"}]
     tried += [{"metric": "euclidean", "weighting": "uniform"}]
     tried += [{"feature_layer": "keys"}, {"feature_layer": "keys", "weighting": "uniform"}]
-    tried += [{"share": share} for share in (0.0, 0.1, 0.35, 0.5, 0.75, 1.0)]
-    tried += [{"share": 0.5, "weighting": "uniform"}, {"share": 1.0, "weighting": "uniform"}]
+    tried += [{"share": share} for share in (0.0, 0.1, 0.2, 0.35, 0.65, 0.8, 1.0)]
+    tried += [{"share": 0.2, "weighting": "uniform"}, {"share": 1.0, "weighting": "uniform"}]
     tried += [{"head_reduction": "max"}, {"score_layer": -3}, {"score_layer": -1}]
     tried += [{"iterations": 0}, {"iterations": 3}]
     tried += [{"placement": "after_projector"}, {"placement": 3}]
@@ -77,7 +77,8 @@ def _cmai(quick: bool) -> list[Row]:
     tried: list[dict[str, Any]] = [{"keep_ratio": ratio} for ratio in (0.75, 0.5, 0.25)]
     tried += [{"keep_ratio": None, "threshold": t} for t in (0.02, 0.1, 0.3)]
     tried += [{"aggregate": "residual"}, {"head_mode": "per_head"}, {"renormalize": False}]
-    tried += [{"suppression": 0.5}, {"layers": (0, 1, 2)}, {"layers": (3, 4, 5)}]
+    tried += [{"suppression": 0.5}, {"layers": (0, 1, 2)}]
+    tried += [{"layers": None, "keep_ratio": ratio} for ratio in (0.75, 0.5, 0.25)]
     tried += [{"decode": False}, {"prefill": False}]
     if quick:
         tried = [t for t in tried if not {"renormalize", "decode", "prefill"} & set(t)]
@@ -105,5 +106,6 @@ def _tuned(quick: bool) -> list[Row]:
 
 
 def _told(settings: dict[str, Any]) -> str:
-    told = {k: v for k, v in settings.items() if v is not None}
+    told = {k: v for k, v in settings.items() if v is not None or k == "layers"}
+    told = {k: "all" if v is None else v for k, v in told.items()}
     return ", ".join(f"{name} {value}" for name, value in told.items()) or "as it is"

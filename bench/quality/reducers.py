@@ -198,7 +198,7 @@ class VMTC(Reducer):
     """Ours: a ``share`` of the budget is merged tokens, the rest primary ones; the others are
     settings of `VMTCConfig`, written down here as its defaults follow from what is measured."""
 
-    share: float = 0.2
+    share: float = 0.5
     metric: str = "cosine"
     weighting: str = "score"
     iterations: int = 10

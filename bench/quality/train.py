@@ -1,10 +1,10 @@
 """Train the laboratory's model from nothing: `make lab-train`.
 
 LLaVA begins with a trained encoder, which stays as it is. Here it has to learn first: each patch
-tells what covers it, and [CLS] what there is in the picture, as an encoder trained on captions
-would know; its attention is what VMTC takes for importance. Then projector and language model
-learn, as LLaVA's do from captions first: they teach to find a thing in the picture, which was not
-learned from questions alone in two thousand steps.
+tells what covers it and where it is, and [CLS] what there is in the picture, as an encoder trained
+on captions would know; its attention is what VMTC takes for importance. Then projector and language
+model learn, as LLaVA's do from captions first: they teach to find a thing in the picture, which was
+not learned from questions alone in two thousand steps.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _WARMUP = 50  # steps
 MIXES = {
     0: Mix(0.6, 0.2),
     600: Mix(0.225, 0.075),
-    2000: Mix(0.1, 0.25, (0.2, 0.4, 0.12, 0.18, 0.1), plain=0.85),
-    4000: Mix(0.05, 0.1, (0.16, 0.28, 0.24, 0.12, 0.2), plain=0.5),
+    2000: Mix(0.1, 0.2, (0.25, 0.28, 0.12, 0.2, 0.15), plain=0.85),
+    4000: Mix(0.05, 0.1, (0.22, 0.24, 0.18, 0.16, 0.2), plain=0.4),
 }
 _DECAY = 0.4  # share of the steps, at the end, in which the rate falls to zero
 

@@ -1,8 +1,8 @@
 """Scenes: a few objects and a sign on a photograph, sampled from a seed.
 
 Everything is a toy's: six shapes, six colours, three patterns, two sizes, signs of three letters.
-Training and test share the parts and not the combinations: some pairs of shape and colour, some
-words and some photographs are seen in the test alone.
+Training and test share the parts and not the combinations: some shapes of a colour and a pattern,
+some words and some photographs are seen in the test alone.
 """
 
 from __future__ import annotations
@@ -23,8 +23,14 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 CONSONANTS, VOWELS = "BDFGHKLMNPRSTVZ", "AEIOU"
 LETTERS = tuple(sorted(CONSONANTS + VOWELS))
 
-# pairs of shape and colour that no scene and no question of the training has
-HELD_OUT = {(shape, COLOURS[(2 * i + 1) % 6]) for i, shape in enumerate(SHAPES)}
+# shape, colour and pattern that no scene of the training has together: each shape and each colour
+# lacks each pattern once
+HELD_OUT = {
+    (shape, colour, PATTERNS[(i // 2 + j // 2) % 3])
+    for i, shape in enumerate(SHAPES)
+    for j, colour in enumerate(COLOURS)
+    if (i + j) % 2 == 0
+}
 WORDS = [a + b + c for a in CONSONANTS for b in VOWELS for c in CONSONANTS]
 _TEST_WORDS = WORDS[4::9]
 TRAIN_WORDS = sorted(set(WORDS) - set(_TEST_WORDS))
@@ -106,23 +112,22 @@ def _try(rng: np.random.Generator, split: Split, seed: tuple[int, ...]) -> Scene
     things: list[Thing] = []
     count = 1 + int(rng.choice(len(_COUNTS), p=_COUNTS))
     for i in range(count):
-        shape, colour = _kind(rng, split, must=i == 0)
+        shape, colour, pattern = _kind(rng, split, must=i == 0)
         size = SIZES[rng.integers(2)]
         diameter = int(rng.integers(*_DIAMETERS[size]))
         place = _place(rng, diameter, diameter, boxes)
         if place is None:
             return None
-        pattern = PATTERNS[rng.integers(3)]
         turn, outline = float(rng.uniform(-12, 12)), 255 * int(rng.integers(2))
         things.append(Thing(shape, colour, pattern, size, *place, diameter, turn, outline))
     order = rng.permutation(count)
     return Scene(tuple(things[i] for i in order), sign, split, seed)
 
 
-def _kind(rng: np.random.Generator, split: Split, must: bool) -> tuple[str, str]:
-    """Shape and colour; the first of a test's scene is a pair that the training lacks."""
+def _kind(rng: np.random.Generator, split: Split, must: bool) -> tuple[str, str, str]:
+    """Shape, colour, pattern; the first of a test's scene are some that the training lacks."""
     while True:
-        kind = SHAPES[rng.integers(6)], COLOURS[rng.integers(6)]
+        kind = SHAPES[rng.integers(6)], COLOURS[rng.integers(6)], PATTERNS[rng.integers(3)]
         if kind not in HELD_OUT if split == "train" else not must or kind in HELD_OUT:
             return kind
 

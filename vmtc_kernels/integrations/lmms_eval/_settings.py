@@ -111,15 +111,17 @@ def _read(name: str, kind: str, value: Any) -> Any:
     return value
 
 
-def _layers(name: str, value: Any) -> tuple[int, ...]:
-    """``[0,-1]``, which lmms-eval leaves as text, or one number."""
+def _layers(name: str, value: Any) -> tuple[int, ...] | str | None:
+    """``[0,-1]``, which lmms-eval leaves as text, one number, ``upper``, or ``all``."""
+    if value in ("upper", "all"):
+        return None if value == "all" else "upper"
     try:
         layers = json.loads(value) if isinstance(value, str) else [value]
     except json.JSONDecodeError:
         layers = None
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
         raise ValueError(
-            f"vmtc_hf: {name} must be a list of ints, {name}=[0,1,-1] for example, got {value!r}"
+            f"vmtc_hf: {name} must be upper, all, or a list of ints as [0,1,-1], got {value!r}"
         )
     return tuple(layers)
 
