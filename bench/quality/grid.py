@@ -63,7 +63,7 @@ def _vmtc(quick: bool) -> list[Row]:
     tried += [{"share": 0.2, "weighting": "uniform"}, {"share": 1.0, "weighting": "uniform"}]
     tried += [{"head_reduction": "max"}, {"score_layer": -3}, {"score_layer": -1}]
     tried += [{"iterations": 0}, {"iterations": 3}]
-    tried += [{"placement": "after_projector"}, {"placement": 3}]
+    tried += [{"placement": "after_projector"}, {"placement": 3, "score_layer": 3}]
     if quick:
         tried = [t for t in tried if not {"iterations", "placement", "head_reduction"} & set(t)]
     return [
@@ -97,7 +97,7 @@ def _pilot(quick: bool) -> list[Row]:
 
 
 def _tuned(quick: bool) -> list[Row]:
-    steps = 40 if quick else 200
+    steps = 40
     names = ("downsampling", "random", "strided", "VMTC", "ToMe", "VisionZip", "PruMerge")
     return [
         Row("tuned", name, NAMED[name](), tokens, steps)
