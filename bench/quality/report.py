@@ -184,7 +184,10 @@ def _draw_world(found: Found, folder: Path) -> None:
             shown = textwrap.shorten(response.replace("\n", " / "), 40, placeholder=" ...")
             lines += textwrap.wrap(f"{tokens} tokens: {shown}", 34, subsequent_indent=" " * 12)
         axis.set_xlabel("\n".join(lines), loc="left", fontsize=8, family="monospace")
-    figure.savefig(folder / "quality-world.png", dpi=110, metadata=_source(found))
+    # texts are of any number of lines
+    figure.savefig(
+        folder / "quality-world.png", dpi=110, metadata=_source(found), bbox_inches="tight"
+    )
 
 
 def _draw_budgets(found: Found, folder: Path) -> None:
