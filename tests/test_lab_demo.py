@@ -110,7 +110,7 @@ def test_demo_ends_with_the_answers_before_and_after(vmtc, lab):
     (before, plain), (after, merged) = direct(lab), direct(lab, vmtc=BUDGET)
     assert (before, after) == (144, 40)
     assert re.search(f"model {TOY} tokens 144 → 40 ", text)
-    assert "144 → 40 (32 primary + 8 merged)" in text and "answers none" not in text
+    assert "144 → 40 (20 primary + 20 merged)" in text and "answers none" not in text
     assert re.search(rf"layer -2 of {TOY}, attention of \[CLS\]", text)
     time = r"[\d.]+ m?s"
     end = (
@@ -151,7 +151,7 @@ def test_demo_asks_what_it_is_told(vmtc, lab, tmp_path):
 
 def test_demo_with_another_llava(vmtc, tiny):
     text = vmtc("demo", "--model", tiny)
-    assert "model tiny-llava tokens 64 → 18 (14 primary + 4 merged)" in text
+    assert "model tiny-llava tokens 64 → 18 (9 primary + 9 merged)" in text
     assert "Question on rocket: What is shown in this picture?" in text
     assert "unmodified 64 " in text and "with VMTC 18 " in text and "toy" not in text
 
@@ -181,7 +181,7 @@ def test_explain_image_answers_with_both(vmtc, lab, tmp_path):
     )
     head = f"laboratory's scene, 192 x 192 pixels prompt {re.escape(LAB_QUESTION)} "
     assert re.search(f"{head}{rows} seen as", text), text
-    assert "144 → 24 (16 primary + 8 merged)" in text and re.search(f"model {TOY} backend", text)
+    assert "144 → 36 (16 primary + 20 merged)" in text and re.search(f"model {TOY} backend", text)
     vlm.photo(80, 60).save(tmp_path / "b.png")
     assert LAB_NOTE in vmtc("explain-image", "--image", tmp_path / "b.png")
 

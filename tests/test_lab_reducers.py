@@ -230,7 +230,7 @@ def test_counts_and_what_a_layer_sees():
     assert NAMED["FastV"]().mean_tokens(36, layers=12) == 54
     assert NAMED["downsampling"]().mean_tokens(17) == 16
     assert [VMTC().config(t).counts(TOKENS) for t in BUDGETS] == [
-        *((115, 29), (58, 14), (29, 7), (14, 3))
+        *((72, 72), (36, 36), (18, 18), (9, 8))
     ]
 
 
@@ -256,7 +256,7 @@ def test_settings_are_json_and_tell_reducers_apart():
     told = [json.dumps(r.settings) for r in made]
     assert len(set(told)) == len(made)
     assert json.loads(told[-2])["cmai"]["layers"] == [2, 3]
-    assert json.loads(told[-1])["share"] == 0.2
+    assert json.loads(told[-1])["share"] == 0.5
     assert {r.name for r in made} == set(NAMED)
     assert replace(VMTC(), name="ours").name == "ours"
 
