@@ -12,6 +12,7 @@ from lmms_task import asked, made, texts
 
 from vmtc_kernels import CMAIConfig, VMTCConfig
 from vmtc_kernels.integrations.lmms_eval import _model
+from vmtc_kernels.integrations.lmms_eval._settings import settings_of
 
 pytest_plugins = ("lmms_fixtures",)
 pytestmark = pytest.mark.usefixtures("one_thread", "caches")
@@ -126,3 +127,10 @@ def test_an_image_that_is_too_small_is_named(folders):
     model = made(folders("qwen2_5_vl"), num_primary=60, num_merged=30)
     with pytest.raises(ValueError, match=r"60 \+ 30; shares, num_primary=0.25"):
         model.generate_until(asked(model))
+
+
+@pytest.mark.parametrize(
+    "said, layers", [("upper", "upper"), ("all", None), ("[1]", (1,)), (2, (2,))]
+)
+def test_layers(said, layers):
+    assert settings_of({"pretrained": "a/b", "layers": said}).cmai == CMAIConfig(layers=layers)
