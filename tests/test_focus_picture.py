@@ -91,6 +91,9 @@ def test_summary_names_layer_and_rule(focus):
     assert summary(focus) == f"{start} the 50% of image tokens that it focuses on most."
     other = focus_of(WORDS, config=CMAIConfig(keep_ratio=None, threshold=0.2))
     assert summary(other) == f"{start} image tokens of at least 20% of its highest focus score."
+    lower = focus_of(WORDS, config=CMAIConfig(layers=(3,)))
+    would = start.replace("keeps", "does not inhibit but would keep")
+    assert summary(lower) == f"{would} the 50% of image tokens that it focuses on most."
 
 
 def test_the_map_and_the_kept_patches_are_those_of_the_scores(tmp_path):

@@ -117,11 +117,9 @@ class Explainer:
         attach = checkpoints.integration().attach
         noting = _Noting(**vars(vmtc))
         text, (index, depth) = self._text(prompt), self._layer(layer)
-        inhibiting = [i for i in range(depth) if cmai is not None and cmai.applies(i, depth)]
-        if cmai is not None and index not in inhibiting:
-            raise InputError(
-                f"text layer {index} of {depth} inhibits nothing, only {inhibiting} do"
-            )
+        if cmai is not None and not cmai.applies(index, depth):
+            some = [i for i in range(depth) if cmai.applies(i, depth)]
+            raise InputError(f"text layer {index} of {depth} inhibits nothing, only {some} do")
         with checkpoints.refusals(f"{self.name} cannot run"):
             with checkpoints.settings():
                 handle = attach(self.model, self.processor, vmtc=noting, cmai=cmai, record=True)
