@@ -213,7 +213,7 @@ def test_images_as_files_and_what_is_none(folders, plain, tmp_path):
 
 
 def test_the_model_is_as_it_was_when_the_answers_are_there(folders):
-    model = made(folders("llava"), num_primary=0.5, keep_ratio=0.5)
+    model = made(folders("llava"), num_primary=0.5, num_merged=32, keep_ratio=0.5)
     inner = model.model
     assert inner.vmtc_handle is model.handle
     model.clean()
