@@ -290,9 +290,9 @@ def _sweep(sweep: Sweep) -> Iterator[str]:
     )
 
 
-def _laboratory() -> quality.Found:
-    """The newest run of the laboratory."""
-    found = [quality.Found(path) for path in RESULTS.glob("quality-*.json")]
+def _laboratory(name: str = "quality") -> quality.Found:
+    """The newest run of the laboratory, or of what confirms it."""
+    found = [quality.Found(path) for path in RESULTS.glob(f"{name}-*.json")]
     return max(found, key=lambda each: str(each.run["environment"]["date"]))
 
 
@@ -308,11 +308,19 @@ def _of_laboratory(name: str) -> Callable[[list[Kept], Path], str]:
     return write
 
 
+def _confirmed(kept: list[Kept], page: Path) -> str:
+    found = _laboratory("confirmed")
+    return f"{quality.confirmed(found)}\n\n{link(found.path, page)}"
+
+
 PAGES: dict[Path, dict[str, Callable[[list[Kept], Path], str]]] = {
     README: {"bench": speed, "model": model, "serving": serving_table},
     VLLM: {"serving": serving_table},
     BENCHMARKS: {"bench": tables, "llava": models},
-    QUALITY: {name: _of_laboratory(name) for name in quality.SECTIONS},
+    QUALITY: {
+        **{name: _of_laboratory(name) for name in quality.SECTIONS},
+        "confirmed": _confirmed,
+    },
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from bench.quality import __main__ as lab
 from bench.quality import evaluate, report
 from bench.quality.checkpoint import FOLDER, load
-from bench.quality.grid import PARTS, rows
+from bench.quality.grid import CONFIRMED, PARTS, rows
 from bench.quality.reducers import NAMED, TOKENS
 from bench.quality.tune import tune
 
@@ -137,3 +137,29 @@ def test_a_missing_model_is_told(tmp_path):
     shutil.copy(FOLDER / "tokenizer.json", tmp_path)
     with pytest.raises(ValueError, match="Unrecognized model"):
         lab.measure(tmp_path, 1, ("pilot",), True, tmp_path / "a.json")
+
+
+def test_the_defaults_are_confirmed_on_other_images(tmp_path, monkeypatch):
+    found = rows((CONFIRMED,))
+    default = [row for row in found if row.reducer == NAMED["VMTC"]()]
+    assert {row.tokens for row in default} == {72, 36, 17} and found[0].tokens == TOKENS
+    model, processor = load(FOLDER)
+    for row in found:
+        with row.reducer.on(model, processor, row.tokens):
+            pass
+    assert not {*lab.SEEDS} & {*lab.OTHER_SEEDS}
+    few = [row for row in found if row.tokens == 17][:3]
+    monkeypatch.setattr(lab, "rows", lambda parts, quick: few if parts == (CONFIRMED,) else [])
+    out = tmp_path / "confirmed.json"
+    monkeypatch.setattr("sys.argv", f"lab --confirm --images 1 --out {out}".split())
+    lab.main()
+    run = json.loads(out.read_text())
+    assert run["seeds"] == list(lab.OTHER_SEEDS) and run["images"] == 1
+    lines = report.confirmed(report.Found(out)).splitlines()
+    assert "4 x 1 images" in lines[0] and "first row" in lines[0]
+    assert [line.split(" | ")[0] for line in lines[4:]] == [f"| {row.name}" for row in few]
+    # the first row is what the others are compared with
+    assert lines[4].split(" | ")[3].strip() == "" and "[" in lines[5].split(" | ")[3]
+    counts = [np.array(row["counts"]) for row in run["rows"]]
+    change = evaluate.summary(counts[1], counts[0])["understanding"]["change"][0]
+    assert lines[5].split(" | ")[3].startswith(f"{100 * change:+.1f} [")

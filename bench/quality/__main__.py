@@ -1,7 +1,8 @@
 """``python -m bench.quality``: measure the laboratory's model under every reducer (`make lab`).
 
 Writes a JSON file after each row and goes on where it stopped. Without --full the grid is the
-quick one, for a look; what docs/quality.md says comes from a full one.
+quick one, for a look; what docs/quality.md says comes from a full one. --confirm asks the
+defaults and their nearest rivals about images that none of them was chosen on.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from rich.table import Table
 from ..environment import describe
 from . import evaluate
 from .checkpoint import FOLDER, load
-from .grid import PARTS, QUARTER, Row, rows
+from .grid import CONFIRMED, PARTS, QUARTER, Row, rows
 from .questions import FAMILIES
 from .reducers import NAMED, TOKENS
 from .tune import tune
 
-SEEDS = (0, 1, 2)
+SEEDS, OTHER_SEEDS = (0, 1, 2), (3, 4, 5, 6)
 EXAMPLES = 8  # pictures with a question, for the documentation
 
 
@@ -39,23 +40,38 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=FOLDER, help="the model's folder")
     parser.add_argument("--full", action="store_true", help="all rows, on more images")
-    parser.add_argument("--images", type=int, help="images of each seed (12; full: 60)")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--out", type=Path, default=Path("build/lab/quality.json"))
+    parser.add_argument("--images", type=int, help="images of each seed (12; full: 60; other: 48)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    which.add_argument("--confirm", action="store_true", help="the defaults, on other images")
+    parser.add_argument("--out", type=Path, help="build/lab/quality.json, or confirmed.json")
     given = parser.parse_args()
-    images = given.images or (60 if given.full else 12)
-    measure(given.model, images, tuple(given.parts), not given.full, given.out)
+    if given.confirm:
+        images, parts, seeds = given.images or 48, (CONFIRMED,), OTHER_SEEDS
+    else:
+        images = given.images or (60 if given.full else 12)
+        parts, seeds = tuple(given.parts), SEEDS
+    name = "confirmed" if given.confirm else "quality"
+    out = given.out or Path("build/lab") / f"{name}.json"
+    measure(given.model, images, parts, not (given.full or given.confirm), out, seeds)
 
 
-def measure(folder: Path, images: int, parts: tuple[str, ...], quick: bool, out: Path) -> None:
+def measure(
+    folder: Path,
+    images: int,
+    parts: tuple[str, ...],
+    quick: bool,
+    out: Path,
+    seeds: tuple[int, ...] = SEEDS,
+) -> None:
     model, processor = load(folder)
-    exams = [evaluate.questions(seed, images) for seed in SEEDS]
+    exams = [evaluate.questions(seed, images) for seed in seeds]
     asked = sum(len(exam.questions) for exam in exams)
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    kept = _kept(out, {"weights": weights, "images": images, "seeds": list(SEEDS)})
+    kept = _kept(out, {"weights": weights, "images": images, "seeds": list(seeds)})
     wanted = rows(parts, quick)
     if "training" not in kept:
-        seen = evaluate.questions(SEEDS[0], images, "train")
+        seen = evaluate.questions(seeds[0], images, "train")
         said = evaluate.responses(model, processor, seen, TOKENS)
         kept["training"] = _listed(evaluate.counts(seen, said))
         kept["examples"] = examples(model, processor, exams[0])
@@ -77,7 +93,7 @@ def measure(folder: Path, images: int, parts: tuple[str, ...], quick: bool, out:
                     asks = copy.deepcopy(model)
                     tune(asks, processor, row.reducer, row.tokens, row.tuned)
                 each = []
-                for seed, exam in zip(SEEDS, exams, strict=True):
+                for seed, exam in zip(seeds, exams, strict=True):
                     with row.reducer.on(asks, processor, row.tokens, seed):
                         said = evaluate.responses(
                             *(asks, processor, exam, row.reducer.counts(row.tokens)),

@@ -17,11 +17,14 @@ PARTS = {
     "pilot": "spatial downsampling at every factor",
     "tuned": "reducers at a quarter of the tokens after a short fine-tuning with each in place",
 }
+# what was chosen because of these, and its rivals: to be asked of other images
+CONFIRMED = "confirmed"
 
 
 @dataclass(frozen=True)
 class Row:
-    """``part``: of `PARTS`; ``name``: in its table; ``tuned``: steps of fine-tuning before."""
+    """``part``: of `PARTS`, or `CONFIRMED`; ``name``: in its table; ``tuned``: steps of fine-tuning
+    before."""
 
     part: str
     name: str
@@ -39,7 +42,8 @@ class Row:
 def rows(parts: tuple[str, ...], quick: bool = False) -> list[Row]:
     """Of the parts, the unreduced model first; quick: without what costs most for what it tells."""
     makers = {"budgets": _budgets, "vmtc": _vmtc, "cmai": _cmai, "pilot": _pilot, "tuned": _tuned}
-    found = [Row("budgets", "none", NAMED["none"](), TOKENS)]
+    makers[CONFIRMED] = _confirmed
+    found = [] if CONFIRMED in parts else [Row("budgets", "none", NAMED["none"](), TOKENS)]
     for part in parts:
         found += makers[part](quick)
     return found
@@ -103,6 +107,25 @@ def _tuned(quick: bool) -> list[Row]:
         Row("tuned", name, NAMED[name](), tokens, steps)
         for name, tokens in (("none", TOKENS), *((name, QUARTER) for name in names))
     ]
+
+
+def _confirmed(quick: bool) -> list[Row]:
+    """Of each budget the default first."""
+    found: list[tuple[str, Reducer, int]] = []
+    for tokens in (TOKENS, HALF, QUARTER, EIGHTH):
+        plain = NAMED["none" if tokens == TOKENS else "VMTC"]
+        found.append(("none" if tokens == TOKENS else "VMTC", plain(), tokens))
+        if tokens in (QUARTER, EIGHTH):
+            for share in (0.0, 0.2, 0.8):
+                found.append((f"VMTC, share {share}", plain(share=share), tokens))
+        if tokens < TOKENS:
+            rivals = ("VisionZip", "PruMerge+", "FastV")
+            found += [(name, NAMED[name](), tokens) for name in rivals]
+        if tokens in (TOKENS, QUARTER):
+            for name, layers in (("CMAI", CMAIConfig().layers), ("CMAI, layers all", None)):
+                config = CMAIConfig(layers=layers, keep_ratio=0.5)
+                found.append((name, plain(cmai=config), tokens))
+    return [Row(CONFIRMED, *each) for each in found]
 
 
 def _told(settings: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..report import headline
 from .evaluate import questions, summary
+from .grid import CONFIRMED
 from .questions import FAMILIES
 
 # of the budgets' lines: ours, those that choose or merge by what they see, those that do not look
@@ -136,6 +137,27 @@ def variants(found: Found, part: str) -> str:
         cells = [name, str(tokens)]
         for measure in ("understanding", "strict"):
             cells += [_cell(result[measure]), _change(result[measure])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def confirmed(found: Found) -> str:
+    """The defaults and their rivals on other images; change: against the first of each budget."""
+    lines = [
+        f"{found.head().rpartition('; *change*')[0]}; *change* is against the first row of the"
+        " same number of tokens, on the same images",
+        "",
+        "| | tokens | understanding | change | all instructions | change |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    first: dict[int, str] = {}
+    for name, tokens, key in found.of(CONFIRMED):
+        base = first.setdefault(tokens, key)
+        result = summary(*(np.array(found.rows[k]["counts"]) for k in (key, base)))
+        cells = [name, str(tokens)]
+        for measure in ("understanding", "strict"):
+            change = "" if key == base else _change(result[measure])
+            cells += [_cell(result[measure]), change]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
