@@ -70,7 +70,7 @@ def measure(
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     kept = _kept(out, {"weights": weights, "images": images, "seeds": list(seeds)})
     wanted = rows(parts, quick)
-    if "training" not in kept:
+    if "training" not in kept and CONFIRMED not in parts:
         seen = evaluate.questions(seeds[0], images, "train")
         said = evaluate.responses(model, processor, seen, TOKENS)
         kept["training"] = _listed(evaluate.counts(seen, said))
@@ -118,12 +118,7 @@ def _kept(out: Path, what: dict[str, Any]) -> dict[str, Any]:
         old = json.loads(out.read_text())
         same = old["environment"]["commit"] == new["environment"]["commit"]
         if same and all(old[name] == value for name, value in what.items()):
-            return {
-                **new,
-                "rows": old["rows"],
-                "training": old["training"],
-                "examples": old["examples"],
-            }
+            return {**new, **{k: old[k] for k in ("rows", "training", "examples") if k in old}}
         sys.exit(f"{out} is of another model, commit or other images: give another --out")
     return new
 

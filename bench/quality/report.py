@@ -52,14 +52,14 @@ class Found:
         """Name, tokens and key of a part's rows."""
         return [(name, tokens, key) for p, name, tokens, key in self.run["tables"] if p == part]
 
-    def head(self) -> str:
-        """What was measured with what."""
+    def head(self, base: str = "all tokens") -> str:
+        """What was measured with what; base: what changes are against."""
         images, seeds = self.run["images"], len(self.run["seeds"])
         machine = headline(self.run["environment"]).rpartition(", commit ")[0]
         return (
             f"{machine}, transformers {self.run['environment']['versions']['transformers']}; "
             f"{seeds} x {images} images of the test, percent and 95% intervals (bootstrap over"
-            " images); *change* is against all tokens on the same images"
+            f" images); *change* is against {base} on the same images"
         )
 
 
@@ -144,8 +144,7 @@ def variants(found: Found, part: str) -> str:
 def confirmed(found: Found) -> str:
     """The defaults and their rivals on other images; change: against the first of each budget."""
     lines = [
-        f"{found.head().rpartition('; *change*')[0]}; *change* is against the first row of the"
-        " same number of tokens, on the same images",
+        found.head("the first row of as many tokens"),
         "",
         "| | tokens | understanding | change | all instructions | change |",
         "|---|---:|---:|---:|---:|---:|",
