@@ -6,12 +6,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 import vmtc_kernels
-from vmtc_kernels import MergedTokens
+from vmtc_kernels import MergedTokens, VMTCConfig
 
 from . import kmeans_packages, kmeans_torch
 from .case import CLUSTERS, OWN_RULE, Case, Cost, Provider, Target, Verdict
@@ -43,18 +44,21 @@ class Setup:
 
 
 ON_GPU = Setup(metric="cosine", dtype="bfloat16")
+# as many tokens as the aims are about, half of them merged
+DEFAULT = {"P": int(VMTCConfig.num_primary), "K": int(VMTCConfig.num_merged)}
 
 
 def setups(machine: Machine) -> list[Setup]:
     if not machine.gpu:
-        return [Setup(data, D) for D in (1024, 4096) for data in ("blobs", "field")]
+        aims = [Setup(data, D) for D in (1024, 4096) for data in ("blobs", "field")]
+        return [*aims, Setup("field", **DEFAULT)]
     # what matters most comes first, as a run may be cut short
-    return [
-        replace(ON_GPU, B=B, D=D, metric=metric, data=data)
-        for metric, data in (("cosine", "blobs"), ("euclidean", "blobs"), ("cosine", "field"))
-        for D in (1024, 4096)
-        for B in (1, 8, 64, 256)
+    batches = (1, 8, 64, 256)
+    aims, *others = [
+        [replace(usual, B=B, D=D) for D in (1024, 4096) for B in batches]
+        for usual in (ON_GPU, replace(ON_GPU, metric="euclidean"), replace(ON_GPU, data="field"))
     ]
+    return [*aims, *(replace(ON_GPU, B=B, **DEFAULT) for B in batches), *chain(*others)]
 
 
 def sweeps(machine: Machine) -> dict[str, list[Setup]]:

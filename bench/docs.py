@@ -222,8 +222,10 @@ def serving_table(kept: list[Kept], page: Path) -> str:
         f"{head}, {versions['vllm']}, a LLaVA-1.5 of size {params['model']} and random weights:"
         f" {params['concurrency']} requests at a time, each an image of {params['image_tokens']}"
         f" tokens of its own, {params['words']} words and {params['answer']} tokens of answer;"
-        f" {params['rounds']} rounds of {params['requests']} requests to each server in turn,"
-        f" median [least, most], and how many times that of vLLM as it is ({link(path, page)})."
+        f" VMTC leaves {params['primary']} + {params['merged']} tokens, CMAI inhibits in all"
+        f" layers; {params['rounds']} rounds of {params['requests']} requests to each server in"
+        " turn, median [least, most], and how many times that of vLLM as it is"
+        f" ({link(path, page)})."
         f"\n\n{serving.summary(run)}"
     )
 

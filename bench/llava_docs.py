@@ -25,6 +25,7 @@ def section(run: Run) -> str:
         f" {params['before']} + {params['after']} words; times are of all images together, median"
         " [20th, 80th percentile]. *As many tokens* takes the first tokens without a look; what is"
         " above it, turn by turn, is the share of compression in the time to the first token."
+        " VMTC leaves four fifths of its tokens as they are, CMAI inhibits in all layers."
         f" FastV keeps all tokens in {FastV.LAYER} of {depth} layers (7b: of {deep}). *Operators*:"
         " importance and merge alone. The cache is all it holds, CMAI's state included; the peak"
         " is of tensors beside the weights, up to the first token.",
@@ -41,7 +42,7 @@ def sentence(run: Run) -> str:
     params, facts = judged[0]["params"], judged[0]["facts"]["rows"]
     parts = ", ".join(
         f"{faster(result, MERGED):.1f} times sooner for {images(result['params']['B'])}"
-        f" ({faster(result, INHIBITED):.1f} with CMAI on top)"
+        f" ({faster(result, INHIBITED):.1f} with CMAI in all layers on top)"
         for result in judged
     )
     merged, inhibited = (

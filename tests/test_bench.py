@@ -98,6 +98,15 @@ def test_every_provider_agrees_and_is_timed(suite, setup):
     assert run(case, *[p.name for p in case.providers if p.kind == "reference"]).rows[0].ms
 
 
+@pytest.mark.parametrize("machine", [CPU, Machine("cpu", gpu=True)], ids=["cpu", "gpu"])
+def test_the_aims_and_the_default_split_are_measured(machine):
+    found = bench_merge_tokens.setups(machine)
+    splits = {(s.P, s.K): {r.B for r in found if (r.P, r.K) == (s.P, s.K)} for s in found}
+    assert set(splits) == {(128, 32), (80, 80)} and len(set(found)) == len(found)
+    assert splits[80, 80] == splits[128, 32] == ({1, 8, 64, 256} if machine.gpu else {4})
+    assert all((s.P, s.K) == (128, 32) for s in found[: 8 if machine.gpu else 4])
+
+
 def test_declaring_a_case_makes_no_data(monkeypatch):
     def make(*_):
         raise AssertionError("made data")

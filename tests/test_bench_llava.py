@@ -166,7 +166,7 @@ def test_tables(record):
     held["unmodified"]["cache_bytes"], held["VMTC + CMAI"]["cache_bytes"] = 2**22, 2**21
     said = llava_docs.sentence(record)
     assert "With 40 of 144 tokens" in said
-    assert "2.5 times sooner for one image (1.2 with CMAI on top)" in said
+    assert "2.5 times sooner for one image (1.2 with CMAI in all layers on top)" in said
     assert "shrinks to 25% (50% with CMAI's state)" in said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from vmtc_kernels import (
     merge_tokens,
     token_importance,
 )
+from vmtc_kernels.integrations.vllm._settings import parse
 
 
 @pytest.mark.parametrize(
@@ -162,6 +164,20 @@ def test_cmai_layers() -> None:
     assert [some.applies(i, 4) for i in range(4)] == [True, False, False, True]
     with pytest.raises(ValueError, match=r"layers \[7\] are not among 4 layers"):
         CMAIConfig(layers=(1, 7)).applies(0, 4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "inhibit"),
+    [
+        ("{}", [2, 3]),
+        ('{"layers": "upper"}', [2, 3]),
+        ('{"layers": null}', [0, 1, 2, 3]),
+        ('{"layers": [0, -1]}', [0, 3]),
+    ],
+)
+def test_cmai_layers_of_an_engine(layers: str, inhibit: list[int]) -> None:
+    config = parse({"cmai": json.loads(layers)}).cmai
+    assert config is not None and [i for i in range(4) if config.applies(i, 4)] == inhibit
 
 
 OTHERS: list[dict[str, Any]] = [
