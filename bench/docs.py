@@ -1,8 +1,8 @@
 """``python -m bench.docs``: put what the kept runs measured into README.md and docs/.
 
-Of each device and suite the newest kept run counts that is of a clean tree. Nothing of it is typed:
-tables, sentences and pictures stand between the marks of a section. ``--check`` writes
-nothing, and fails where a page says other than the runs.
+Of each suite the newest kept run counts that is of a clean tree, all of one CPU and all of one GPU.
+Nothing of it is typed: tables, sentences and pictures stand between the marks of a section.
+``--check`` writes nothing, and fails where a page says other than the runs.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main(check: bool = False, folder: Path = RESULTS) -> None:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept of a device: the newest run of each suite."""
+    """What is kept of a machine: the newest run of each suite."""
 
     device: str
     runs: dict[str, Run]
@@ -71,6 +71,9 @@ class Kept:
     @property
     def newest(self) -> Run:
         return max(self.runs.values(), key=lambda run: str(run.environment["date"]))
+
+    def rank(self) -> tuple[int, str]:
+        return len(self.runs), str(self.newest.environment["date"])
 
     @property
     def whole(self) -> Run:
@@ -93,8 +96,9 @@ class Kept:
 
 
 def newest(folder: Path) -> list[Kept]:
-    """CPUs first. Where a CPU lacks a suite there are no pages to write."""
-    found: dict[str, dict[str, Run]] = {"cpu": {}, "cuda": {}}
+    """Of each device the machine of which most suites are kept, and of those the one measured last,
+    the CPU first. Where it lacks a suite there are no pages to write."""
+    machines: dict[tuple[str, ...], dict[str, Run]] = {}
     for path in sorted(folder.glob("*.json")):
         try:
             run = read(path)
@@ -102,18 +106,27 @@ def newest(folder: Path) -> list[Kept]:
             continue
         if run.environment["dirty"] or run.environment.get("quick", True):
             continue
-        of = found[run.environment["device"]]
+        of = machines.setdefault(_hardware(run.environment), {})
         for suite in {result["suite"] for result in run.results if "rows" in result}:
             if suite not in of or of[suite].environment["date"] < run.environment["date"]:
                 of[suite] = run
-    missing = [suite for suite in NAMES if suite not in found["cpu"]]
-    if missing:
+    found: dict[str, list[Kept]] = {"cpu": [], "cuda": []}
+    for (device, *_), runs in machines.items():
+        if runs:
+            found[device].append(Kept(device, {s: runs[s] for s in NAMES if s in runs}))
+    best = [max(each, key=Kept.rank) for each in found.values() if each]
+    known = best[0].runs if found["cpu"] else {}
+    if missing := [suite for suite in NAMES if suite not in known]:
         sys.exit(f"{folder} has no run on a CPU of a clean tree of {', '.join(missing)}")
-    return [
-        Kept(device, {suite: runs[suite] for suite in NAMES if suite in runs})
-        for device, runs in found.items()
-        if runs
-    ]
+    return best
+
+
+def _hardware(environment: dict[str, Any]) -> tuple[str, ...]:
+    """The device and what else the rows of a table must have in common."""
+    if "gpu" in environment:
+        return environment["device"], environment["gpu"]["name"]
+    cpu = (str(environment[name]) for name in ("cpu", "cpu_capability", "threads"))
+    return environment["device"], *cpu
 
 
 def put(text: str, name: str, section: str, page: Path) -> str:

@@ -126,6 +126,10 @@ def test_newest_clean_run_of_each_device_and_suite_counts(run, tmp_path):
     keep("quick", date="2026-01-04T00:00:00+00:00", quick=True)
     keep("part", ["merge", "kmeans"], date="2026-01-04T00:00:00+00:00", commit="def")
     keep("gpu", ["focus"], device="cuda", gpu={"name": "Some GPU"})
+    # a table has rows of one machine
+    keep("elsewhere", ["merge"], date="2026-01-05T00:00:00+00:00", cpu_capability="other")
+    keep("alone", ["focus"], date="2026-01-05T00:00:00+00:00", threads=1)
+    keep("old", ["decode"], device="cuda", gpu={"name": "Old GPU"}, date="2025-01-01T00:00:00")
     (folder / "other.json").write_text("{}")
     cpu, gpu = docs.newest(folder)
     assert (cpu.device, gpu.device, list(gpu.runs)) == ("cpu", "cuda", ["focus"])

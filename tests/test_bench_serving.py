@@ -30,7 +30,7 @@ def run(commit="abc", date="2026-01-01", dirty=False, factor=2.0):
         {"name": "VMTC", "prompt_tokens": 192, "blocks": 2, "rounds": rounds(factor)},
     ]
     params = {"model": "small", "image_tokens": 576, "concurrency": 8, "words": 32, "answer": 16}
-    params |= {"rounds": 3, "requests": 9}
+    params |= {"rounds": 3, "requests": 9, "primary": 128, "merged": 64}
     return {"serving": {"environment": environment, "params": params, "rows": rows}}
 
 
@@ -63,6 +63,7 @@ def test_pages_have_the_newest_run_of_a_clean_tree(tmp_path, monkeypatch):
         (tmp_path / f"serving-{name}.json").write_text(json.dumps(each))
     text = docs.serving_table([], page)
     assert "2.00x" in text and "serving-b.json" in text and "vllm 1" in text
+    assert "VMTC leaves 128 + 64 tokens, CMAI inhibits in all layers" in text
 
 
 @pytest.fixture(scope="module")
